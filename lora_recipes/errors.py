@@ -1,0 +1,43 @@
+"""One small tree of errors, each with the exit code that a command ends with."""
+
+EXIT_DONE = 0
+EXIT_BUG = 1
+EXIT_USER = 2
+EXIT_MACHINE = 3
+EXIT_REFUSED = 4
+
+
+class LoraRecipesError(Exception):
+    """An error a user can act on: its text says what is wrong, where, and what to do."""
+
+    exit_code = EXIT_BUG
+
+
+class RecipeError(LoraRecipesError, ValueError):
+    """The recipe cannot be run as written."""
+
+    exit_code = EXIT_USER
+
+
+class DataError(LoraRecipesError, ValueError):
+    """A data file is missing, broken, or holds rows that cannot be trained on."""
+
+    exit_code = EXIT_USER
+
+
+class RunError(LoraRecipesError):
+    """The run folder is not in the state that the command needs (merge before train, merge twice)."""
+
+    exit_code = EXIT_USER
+
+
+class MachineError(LoraRecipesError, OSError):
+    """This machine lacks something: a GPU, memory, disk, network, a model's weights."""
+
+    exit_code = EXIT_MACHINE
+
+
+class RefusedError(LoraRecipesError):
+    """Refused for integrity or security: going on could produce a wrong or unsafe artefact."""
+
+    exit_code = EXIT_REFUSED

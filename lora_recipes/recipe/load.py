@@ -1,0 +1,156 @@
+"""The one loader that every command uses: file, `extends`, overrides, check, and out comes an immutable `Recipe`."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from lora_recipes.recipe.check import problems_in
+from lora_recipes.recipe.nodes import Node, parse_file, parse_override
+from lora_recipes.recipe.problem import InvalidRecipe, Origin, Problem
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. `values` maps a section to its keys; `origins` maps `section.key` to where it was set."""
+
+    path: Path
+    values: Mapping[str, Any]
+    origins: Mapping[str, Origin]
+
+    @property
+    def name(self) -> str:
+        """The file's name without `.yaml`: the name of the run folder, so that a copy never writes over its source."""
+        return self.path.stem
+
+    def section(self, name: str) -> dict[str, Any]:
+        """A fresh, mutable copy of a section; empty when the recipe does not have it."""
+        return _thaw(self.values.get(name, {}))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value at a dotted key such as `training.max_steps`, or `default` when the recipe does not set it."""
+        value: Any = self.values
+        for step in key.split("."):
+            if not isinstance(value, Mapping) or step not in value:
+                return default
+            value = value[step]
+        return _thaw(value)
+
+    def where(self, key: str) -> str:
+        """`file:line` of the nearest thing that set `key`: the key itself, its section, or the file."""
+        while key:
+            if key in self.origins:
+                return str(self.origins[key])
+            key = key.rpartition(".")[0]
+        return str(self.path)
+
+    def plain(self) -> dict[str, Any]:
+        """The resolved recipe as plain dicts, lists and scalars."""
+        return _thaw(self.values)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, resolve and check a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: `section.key=value` words; the value is read by the same rules as the file's.
+
+    Raises:
+        InvalidRecipe: every problem of the recipe in one message, each as `file:line:column: key, what, what to do`.
+    """
+    path = Path(path)
+    problems = _name_problems(path)
+    if problems:
+        raise InvalidRecipe(problems)
+    root = _resolve_extends(path, [], problems)
+    for override in overrides:
+        root = _overlay(root, _override(override))
+    root = _drop_null_sections(root)
+    problems += problems_in(root, str(path))
+    if problems:
+        raise InvalidRecipe(problems)
+    return _recipe(path, root)
+
+
+def _name_problems(path: Path) -> list[Problem]:
+    if path.suffix not in (".yaml", ".yml") and not path.is_dir():
+        return [Problem(Origin(str(path)), "", "a recipe is a .yaml file", "`ls recipes` shows those that are shipped")]
+    if not NAME_PATTERN.fullmatch(path.stem):
+        hint = "use letters, digits, `.`, `_` and `-`, at most 80"
+        return [Problem(Origin(str(path)), "", "the file's name becomes the run folder's", hint)]
+    return []
+
+
+def _resolve_extends(path: Path, seen: list[Path], problems: list[Problem]) -> Node:
+    """The file's tree laid over its parent's, the parent resolved first."""
+    here = path.resolve()
+    node = parse_file(path, problems)
+    parent = node.value.get("extends")
+    if parent is None:
+        return node
+    own = Node({name: child for name, child in node.value.items() if name != "extends"}, node.origin, node.key)
+    if not isinstance(parent.value, str):
+        raise _stop(parent, "takes one file name", "such as `extends: base/qlora.yaml`")
+    parent_path = path.parent / parent.value
+    if not parent_path.is_file():
+        raise _stop(parent, f"names a file that does not exist: {parent_path}", "the path is relative to this file")
+    chain = [*seen, here]
+    if parent_path.resolve() in chain:
+        loop = " → ".join(step.name for step in [*chain[chain.index(parent_path.resolve()) :], parent_path])
+        raise _stop(parent, f"goes in a circle: {loop}", "a base recipe extends nothing")
+    return _overlay(_resolve_extends(parent_path, chain, problems), own)
+
+
+def _stop(node: Node, message: str, hint: str) -> InvalidRecipe:
+    return InvalidRecipe([Problem(node.origin, "extends", message, hint)])
+
+
+def _overlay(parent: Node, child: Node) -> Node:
+    """Mappings merge key by key; lists and scalars replace; `null` stays and drops a section later."""
+    if not (isinstance(parent.value, dict) and isinstance(child.value, dict)):
+        return child
+    merged = dict(parent.value)
+    for name, node in child.value.items():
+        merged[name] = _overlay(merged[name], node) if name in merged else node
+    return Node(merged, child.origin, child.key)
+
+
+def _override(word: str) -> Node:
+    """The tree of one `section.key=value` word."""
+    key, equals, text = word.partition("=")
+    steps = key.split(".")
+    if not equals or not all(steps):
+        message, hint = "is not an override", "write section.key=value, such as training.max_steps=10"
+        raise InvalidRecipe([Problem(Origin("command line"), word, message, hint)])
+    node = parse_override(text, f"command line ({word})")
+    for step in reversed(steps):
+        node = Node({step: node}, node.origin, node.key)
+    return node
+
+
+def _drop_null_sections(root: Node) -> Node:
+    return Node({name: node for name, node in root.value.items() if node.value is not None}, root.origin, root.key)
+
+
+def _recipe(path: Path, root: Node) -> Recipe:
+    origins = {name: node.key for name, node in root.value.items()}
+    for key, node in root.leaves():
+        origins[key] = node.key
+    return Recipe(path, _freeze(root.plain()), MappingProxyType(origins))
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, dict):
+        return MappingProxyType({name: _freeze(child) for name, child in value.items()})
+    return tuple(_freeze(child) for child in value) if isinstance(value, list) else value
+
+
+def _thaw(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _thaw(child) for name, child in value.items()}
+    return [_thaw(child) for child in value] if isinstance(value, tuple) else value

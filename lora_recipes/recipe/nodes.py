@@ -1,0 +1,213 @@
+"""YAML text becomes plain values that remember their file, line and column. The only room that knows YAML."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_recipes.errors import EXIT_REFUSED
+from lora_recipes.recipe.problem import InvalidRecipe, Origin, Problem
+
+MAX_BYTES = 1_000_000  # a recipe is a page of text; anything larger is a mistake or an attack
+
+
+@dataclass(frozen=True)
+class Node:
+    """A value (scalar, list of nodes, dict of nodes) and where it was written.
+
+    For an entry of a mapping `key` is where its key stands: that is what an error about the entry points at.
+    """
+
+    value: Any
+    origin: Origin
+    key: Origin
+
+    def plain(self) -> Any:
+        """The value without its origins."""
+        if isinstance(self.value, dict):
+            return {name: child.plain() for name, child in self.value.items()}
+        if isinstance(self.value, list):
+            return [child.plain() for child in self.value]
+        return self.value
+
+    def find(self, path: list[str | int]) -> "Node":
+        """The deepest node on `path` that exists."""
+        node = self
+        for step in path:
+            if isinstance(node.value, dict) and step in node.value:
+                node = node.value[step]
+            elif isinstance(node.value, list) and isinstance(step, int) and step < len(node.value):
+                node = node.value[step]
+            else:
+                break
+        return node
+
+    def leaves(self, prefix: str = "") -> Iterator[tuple[str, "Node"]]:
+        """(dotted key, node) of each value that is not itself a mapping."""
+        for name, child in self.value.items():
+            key = f"{prefix}{name}"
+            if isinstance(child.value, dict) and child.value:
+                yield from child.leaves(f"{key}.")
+            else:
+                yield key, child
+
+
+class _CoreSchemaLoader(yaml.SafeLoader):
+    """The scalars of YAML 1.2's core schema: `2e-4` is a number; `no`, `on`, `012` and `12:30` are text.
+
+    PyYAML follows YAML 1.1, where `2e-4` is text and `no` is false. A private subclass, since changing
+    `yaml.SafeLoader` would change it for every library in the process.
+    """
+
+
+_CoreSchemaLoader.yaml_implicit_resolvers = {}
+_CoreSchemaLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""]
+)
+_CoreSchemaLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_CoreSchemaLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789")
+)
+_CoreSchemaLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^([-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)
+
+_SCALARS = {
+    "tag:yaml.org,2002:null": lambda text: None,
+    "tag:yaml.org,2002:bool": lambda text: text.lower() == "true",
+    "tag:yaml.org,2002:int": int,
+    "tag:yaml.org,2002:float": lambda text: float(re.sub(r"\.(inf|nan)", r"\1", text.lower())),
+    "tag:yaml.org,2002:str": str,
+}
+
+
+def parse_file(path: Path, problems: list[Problem]) -> Node:
+    """Read a recipe file into nodes; the root is always a mapping. Duplicate keys are added to `problems`.
+
+    Raises:
+        InvalidRecipe: missing file, not UTF-8, broken YAML (tabs, indentation), no mapping; and, with the exit
+            code of a refusal, tags such as `!!python/object`, aliases, or more than `MAX_BYTES`.
+    """
+    whole = Origin(str(path))
+    try:
+        raw = path.read_bytes()
+    except IsADirectoryError:
+        raise _stop(whole, "is a folder", f"name a recipe file such as {path}/NAME.yaml") from None
+    except FileNotFoundError:
+        raise _stop(whole, "no such file", _similar_files(path)) from None
+    except OSError as error:
+        raise _stop(whole, f"cannot be read: {error.strerror}") from None
+    if len(raw) > MAX_BYTES:
+        raise _stop(whole, f"{len(raw):,} bytes is no recipe", f"the limit is {MAX_BYTES:,} bytes", EXIT_REFUSED)
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise _stop(Origin(str(path), line), "not UTF-8 text", "save the file as UTF-8") from None
+    node = parse_text(text, str(path), problems)
+    if node is None or node.value is None:
+        raise _stop(whole, "the recipe is empty", "start from one of the files in recipes/")
+    if not isinstance(node.value, dict):
+        raise _stop(node.origin, "a recipe must be a mapping of sections such as `model:` and `training:`")
+    return node
+
+
+def parse_text(text: str, file: str, problems: list[Problem]) -> Node | None:
+    """Nodes of one YAML document; None when it holds nothing.
+
+    Raises:
+        InvalidRecipe: broken YAML, a tag, an alias.
+    """
+    try:
+        _refuse_aliases(text, file)
+        root = yaml.compose(text, Loader=_CoreSchemaLoader)
+    except yaml.MarkedYAMLError as error:
+        raise _broken_yaml(error, text, file) from None
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        raise _stop(Origin(file, line), f"character {ord(error.character):#04x} is not allowed in YAML") from None
+    return _convert(root, file, problems) if root is not None else None
+
+
+def parse_override(text: str, file: str) -> Node:
+    """The value of a command line override, by the same rules as a file's (`2e-4` is a number, `[a, b]` a list)."""
+    problems: list[Problem] = []
+    node = parse_text(text, file, problems)
+    if problems:
+        raise InvalidRecipe(problems)
+    origin = Origin(file)
+    return _at(node, origin) if node else Node(None, origin, origin)
+
+
+def _convert(node: yaml.Node, file: str, problems: list[Problem]) -> Node:
+    origin = _origin(node.start_mark, file)
+    if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
+        entries: dict[str, Node] = {}
+        for key_node, value_node in node.value:
+            name, key = str(key_node.value), _origin(key_node.start_mark, file)
+            if name in entries:
+                message = f"is already set in line {entries[name].key.line}"
+                problems.append(Problem(key, name, message, "keep one of the two"))
+            child = _convert(value_node, file, problems)
+            entries[name] = Node(child.value, child.origin, key)
+        return Node(entries, origin, origin)
+    if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
+        return Node([_convert(child, file, problems) for child in node.value], origin, origin)
+    if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
+        return Node(_SCALARS[node.tag](node.value), origin, origin)
+    raise _stop(origin, f"the tag `{node.tag}` is refused", "a recipe holds plain values only", EXIT_REFUSED)
+
+
+def _refuse_aliases(text: str, file: str) -> None:
+    """Nested aliases can blow a page of text up to gigabytes; `extends` is the way to share values."""
+    for event in yaml.parse(text, Loader=_CoreSchemaLoader):
+        if isinstance(event, yaml.AliasEvent):
+            origin = _origin(event.start_mark, file)
+            hint = "write the value out, or put it in a parent recipe and use `extends`"
+            raise _stop(origin, f"the alias `*{event.anchor}` is refused", hint, EXIT_REFUSED)
+
+
+def _broken_yaml(error: yaml.MarkedYAMLError, text: str, file: str) -> InvalidRecipe:
+    mark = error.problem_mark or error.context_mark
+    assert mark is not None
+    lines = text.splitlines()
+    source = lines[mark.line] if mark.line < len(lines) else ""
+    problem = error.problem or "broken YAML"
+    if "\t" in source[: mark.column + 1]:
+        problem = "a tab stands here; YAML is indented with spaces"
+    shown = source[:120].replace("\t", "→")
+    caret = " " * min(mark.column, 120) + "^"
+    return _stop(_origin(mark, file), f"{problem}\n    {shown}\n    {caret}")
+
+
+def _at(node: Node, origin: Origin) -> Node:
+    value = node.value
+    if isinstance(value, dict):
+        value = {name: _at(child, origin) for name, child in value.items()}
+    elif isinstance(value, list):
+        value = [_at(child, origin) for child in value]
+    return Node(value, origin, origin)
+
+
+def _origin(mark: yaml.Mark, file: str) -> Origin:
+    return Origin(file, mark.line + 1, mark.column + 1)
+
+
+def _stop(origin: Origin, message: str, hint: str = "", exit_code: int = 2) -> InvalidRecipe:
+    return InvalidRecipe([Problem(origin, "", message, hint, exit_code)])
+
+
+def _similar_files(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path("recipes")
+    near = get_close_matches(path.name, [entry.name for entry in folder.glob("*.yaml")], n=3)
+    if near:
+        return f"did you mean {' or '.join(str(folder / name) for name in near)}?"
+    return f"`ls {folder}` shows what is there"

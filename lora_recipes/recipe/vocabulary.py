@@ -1,0 +1,310 @@
+"""What no upstream class says: our own few keys, bounds, names that are gone, and fields a recipe may not set.
+
+The rest of the schema is read off the libraries (`make schema`), so a new upstream field needs no edit here.
+"""
+
+from typing import Any
+
+OWNERS = {
+    "model": "transformers.AutoModelForCausalLM.from_pretrained",
+    "quantization": "transformers.BitsAndBytesConfig",
+    "lora": "peft.LoraConfig",
+    "dataset": "datasets.load_dataset",
+    "training": "trl.SFTConfig",
+    "generation": "transformers.GenerationConfig",
+    "merge": "transformers.PreTrainedModel.save_pretrained",
+}
+
+_DTYPE = {"enum": ["float32", "float16", "bfloat16"]}
+_NAME = {"type": "string", "minLength": 1}
+
+# The keys no upstream class owns. Few on purpose: a key here is a thing the libraries do not have.
+OWN_KEYS: dict[str, dict[str, dict[str, Any]]] = {
+    "dataset": {
+        "eval_split": _NAME | {"description": "Split of the same source that is held out: evaluation loss and the score of `generate`."},
+    },
+    "generation": {
+        "prompts": {
+            "type": "array",
+            "items": _NAME,
+            "description": "Questions that `generate` and the parity proof of `merge` ask, beside the held-out rows.",
+        },
+        "batch_size": {"type": "integer", "minimum": 1, "description": "Prompts answered at a time. Unset: 16."},
+        "max_rows": {
+            "type": ["integer", "null"],
+            "minimum": 0,
+            "description": "Held-out rows to answer and score. Unset or null: all of them.",
+        },
+    },
+    "merge": {
+        "dtype": _DTYPE | {"description": "Type the base is loaded in, merged in and saved in. Unset: `model.dtype`, or the checkpoint's own."},
+        "base": {
+            "enum": ["original", "dequantized"],
+            "description": "For an adapter trained on 4-bit weights: merge into the original weights (default), or into "
+            "the dequantized 4-bit weights, which is the function that was trained.",
+        },
+    },
+}
+
+# from_pretrained takes these through **kwargs, so a signature does not show them.
+MODEL_KEYWORDS: dict[str, dict[str, Any]] = {
+    "pretrained_model_name_or_path": _NAME | {
+        "description": "A hub id, a local folder, or `package:NAME` for weights that an installed Python package carries."
+    },
+    "revision": _NAME | {"description": "Branch, tag or commit of a hub id; pin a commit to repeat a run exactly."},
+    "dtype": {"enum": ["auto", "float32", "float16", "bfloat16"], "description": "Type the weights are loaded in. Unset: the checkpoint's own."},
+    "attn_implementation": _NAME | {"description": "`sdpa`, `eager`, `flash_attention_2`, ..."},
+    "device_map": {"type": ["string", "object"], "description": "Where the parts of the model go: `auto`, or module name to device."},
+    "max_memory": {"type": "object", "description": "Bytes that `device_map: auto` may use on each device."},
+    "trust_remote_code": {"type": "boolean", "description": "Run code that the model's repository ships. Needs `revision` pinned to a commit."},
+    "subfolder": {"type": "string", "description": "Folder inside the repository that holds the weights."},
+    "variant": _NAME | {"description": "Variant of the weight files, such as `fp16`."},
+    "cache_dir": _NAME | {"description": "Where downloads are kept. Unset: the Hugging Face cache."},
+    "local_files_only": {"type": "boolean", "description": "Never ask the hub; use what is in the cache."},
+    "use_safetensors": {"type": "boolean", "description": "Refuse weights that are not safetensors."},
+}
+SAVE_KEYWORDS: dict[str, dict[str, Any]] = {
+    "max_shard_size": {"type": ["string", "integer"], "description": "Largest weight file, such as `5GB`. Unset: 50GB."},
+}
+
+_COMPUTE_DTYPE = {"enum": ["float32", "float16", "bfloat16"]}
+
+# Where a class's own annotation or docstring is looser than what the class takes.
+TYPES: dict[str, dict[str, dict[str, Any]]] = {
+    "quantization": {
+        "bnb_4bit_compute_dtype": _COMPUTE_DTYPE,
+        "bnb_4bit_quant_type": {"enum": ["nf4", "fp4"]},
+        "bnb_4bit_quant_storage": {"enum": ["uint8", "int8", "float16", "bfloat16", "float32"]},
+        "llm_int8_skip_modules": {"type": "array", "items": {"type": "string"}},
+    },
+    "lora": {
+        "init_lora_weights": {
+            "anyOf": [
+                {"type": "boolean"},
+                {"enum": ["gaussian", "olora", "pissa", "orthogonal", "mica", "eva", "corda", "lora_ga", "loftq"]},
+                {"type": "string", "pattern": "^pissa_niter_[0-9]+$"},
+            ]
+        },
+    },
+    "dataset": {
+        "revision": {"type": ["string", "null"]},
+        "split": {"type": "string", "minLength": 1},
+        "path": _NAME,
+    },
+    "training": {
+        "truncation_mode": {"enum": ["keep_start"]},
+        "loss_type": {"enum": ["nll", "dft"]},
+        "debug": {"type": "string"},
+    },
+    "generation": {
+        "eos_token_id": {"type": ["integer", "array", "null"]},
+        "stop_strings": {"type": ["string", "array", "null"]},
+    },
+}
+
+# Bounds: (schema keyword, value). The classes accept anything.
+POSITIVE = {"exclusiveMinimum": 0}
+AT_LEAST_ONE = {"minimum": 1}
+NOT_NEGATIVE = {"minimum": 0}
+SHARE = {"minimum": 0, "exclusiveMaximum": 1}
+BOUNDS: dict[str, dict[str, dict[str, float]]] = {
+    "lora": {
+        "r": {"minimum": 1, "maximum": 1024},
+        "lora_alpha": AT_LEAST_ONE,
+        "lora_dropout": SHARE,
+    },
+    "quantization": {"llm_int8_threshold": NOT_NEGATIVE},
+    "dataset": {"num_proc": AT_LEAST_ONE},
+    "training": {
+        "per_device_train_batch_size": AT_LEAST_ONE,
+        "per_device_eval_batch_size": AT_LEAST_ONE,
+        "gradient_accumulation_steps": AT_LEAST_ONE,
+        "num_train_epochs": POSITIVE,
+        "max_steps": {"minimum": -1},
+        "learning_rate": {"exclusiveMinimum": 0, "maximum": 1},
+        "warmup_steps": NOT_NEGATIVE,
+        "weight_decay": NOT_NEGATIVE,
+        "adam_beta1": SHARE,
+        "adam_beta2": SHARE,
+        "adam_epsilon": POSITIVE,
+        "max_grad_norm": NOT_NEGATIVE,
+        "label_smoothing_factor": SHARE,
+        "neftune_noise_alpha": NOT_NEGATIVE,
+        "logging_steps": POSITIVE,
+        "eval_steps": POSITIVE,
+        "save_steps": POSITIVE,
+        "save_total_limit": AT_LEAST_ONE,
+        "max_length": {"minimum": 2},
+        "seed": NOT_NEGATIVE,
+        "data_seed": NOT_NEGATIVE,
+        "dataloader_num_workers": NOT_NEGATIVE,
+        "dataset_num_proc": AT_LEAST_ONE,
+    },
+    "generation": {
+        "max_new_tokens": AT_LEAST_ONE,
+        "temperature": POSITIVE,
+        "top_p": {"exclusiveMinimum": 0, "maximum": 1},
+        "top_k": NOT_NEGATIVE,
+        "num_beams": AT_LEAST_ONE,
+        "repetition_penalty": POSITIVE,
+    },
+}
+
+_NEEDS_PRE_STEP = "needs an initialisation step before training, which this runner does not run yet; without it PEFT trains plain LoRA"
+_NOT_FOR_CAUSAL_SFT = "has no effect in LoRA fine-tuning through SFTTrainer"
+_WRITTEN_BY_PEFT = "is written by PEFT when the adapter is saved"
+_LAUNCHER = "says where a run runs; that belongs in accelerate_configs/, see `accelerate launch --config_file`"
+_NO_METRICS_FUNCTION = "only means something to a `compute_metrics` function, which recipes do not have"
+_NO_PUSH = "is not a setting of a run; nothing is uploaded during training"
+_NEVER_TRAINED = "only means something to scripts that parse it; `run.py` always trains"
+
+# Fields of the owners that a recipe may not set, and why. A field that nothing reads would train the wrong model.
+REFUSED: dict[str, dict[str, str]] = {
+    "model": {
+        "token": "is a secret; run `hf auth login` or set HF_TOKEN",
+        "use_auth_token": "is a secret; run `hf auth login` or set HF_TOKEN",
+        "quantization_config": "has a section of its own, `quantization`",
+        "load_in_4bit": "belongs to `quantization`",
+        "load_in_8bit": "belongs to `quantization`",
+        "low_cpu_mem_usage": "is ignored by transformers 5; weights are always loaded lazily",
+    },
+    "quantization": {},
+    "lora": {
+        "peft_type": "is always LORA in this section",
+        "auto_mapping": _WRITTEN_BY_PEFT,
+        "peft_version": _WRITTEN_BY_PEFT,
+        "base_model_name_or_path": _WRITTEN_BY_PEFT,
+        "inference_mode": _WRITTEN_BY_PEFT,
+        "revision": "belongs to `model`",
+        "runtime_config": "is only for inference",
+        "megatron_config": _NOT_FOR_CAUSAL_SFT,
+        "megatron_core": _NOT_FOR_CAUSAL_SFT,
+        "arrow_config": "routes between adapters that are already trained",
+        "eva_config": _NEEDS_PRE_STEP,
+        "corda_config": _NEEDS_PRE_STEP,
+        "lora_ga_config": _NEEDS_PRE_STEP,
+        "loftq_config": _NEEDS_PRE_STEP,
+        "use_qalora": "is only implemented for GPTQ weights, which recipes do not load",
+        "qalora_group_size": "is only implemented for GPTQ weights, which recipes do not load",
+    },
+    "dataset": {
+        "token": "is a secret; run `hf auth login` or set HF_TOKEN",
+        "features": "takes Python objects; the types are read from the data",
+        "download_config": "takes a Python object",
+        "save_infos": "writes into the data set's own folder",
+        "streaming": "is not supported yet; data is memory-mapped, so it need not fit in memory",
+        "trust_remote_code": "was removed from datasets; data sets run no code",
+    },
+    "training": {
+        "output_dir": "is always outputs/<recipe file name>/, so that a copied recipe cannot write over its source",
+        "model_init_kwargs": "has a section of its own, `model`",
+        "trust_remote_code": "belongs to `model`",
+        "resume_from_checkpoint": "is not a setting; add `--resume` to the launch command",
+        "do_train": _NEVER_TRAINED,
+        "do_eval": _NEVER_TRAINED,
+        "do_predict": _NEVER_TRAINED,
+        "include_for_metrics": _NO_METRICS_FUNCTION,
+        "batch_eval_metrics": _NO_METRICS_FUNCTION,
+        "eval_do_concat_batches": _NO_METRICS_FUNCTION,
+        "eval_use_gather_object": _NO_METRICS_FUNCTION,
+        "prediction_loss_only": _NO_METRICS_FUNCTION,
+        "label_names": "is always `labels` in SFTTrainer",
+        "remove_unused_columns": "must stay on: rows reach the model as input_ids and labels only",
+        "length_column_name": "is not needed: lengths are read off the tokenized rows",
+        "use_cache": "is always off in training and restored in what is saved",
+        "optim_target_modules": "belongs to GaLore-type optimizers of full fine-tuning, which recipes do not ship yet",
+        "local_rank": "is set by the launcher",
+        "fsdp": _LAUNCHER,
+        "fsdp_config": _LAUNCHER,
+        "deepspeed": _LAUNCHER,
+        "parallelism_config": _LAUNCHER,
+        "accelerator_config": _LAUNCHER,
+        "auto_find_batch_size": "changes the effective batch in silence after running out of memory; "
+        "set a smaller `per_device_train_batch_size` and a larger `gradient_accumulation_steps`",
+        "gradient_checkpointing": "is a deprecated alias; write `activation_checkpointing`",
+        "gradient_checkpointing_kwargs": "is a deprecated alias; write `activation_checkpointing_kwargs`",
+        "use_liger_kernel": "is deprecated in TRL, whose own fused loss replaces it",
+        "liger_kernel_config": "is deprecated in TRL, whose own fused loss replaces it",
+        "pad_token": "is deprecated in TRL; the tokenizer's own pad token, else its end token, is used",
+        "dataset_kwargs": "only switches off the data preparation, which recipes rely on",
+        "hub_token": "is a secret; run `hf auth login` or set HF_TOKEN",
+        "push_to_hub": _NO_PUSH,
+        "hub_model_id": _NO_PUSH,
+        "hub_strategy": _NO_PUSH,
+        "hub_private_repo": _NO_PUSH,
+        "hub_always_push": _NO_PUSH,
+        "hub_revision": _NO_PUSH,
+    },
+    "generation": {
+        **dict.fromkeys(
+            ["output_attentions", "output_hidden_states", "output_logits", "output_scores", "return_dict_in_generate"],
+            "asks for tensors that `generate` does not keep; it keeps texts",
+        ),
+        **dict.fromkeys(
+            ["assistant_confidence_threshold", "assistant_ensemble_weight", "is_assistant", "num_assistant_tokens"]
+            + ["num_assistant_tokens_schedule", "max_matching_ngram_size", "prompt_lookup_num_tokens", "speculation_type"],
+            "belongs to speculative decoding with a second model",
+        ),
+        **dict.fromkeys(
+            ["decoder_start_token_id", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "token_healing"],
+            "is not for decoder-only models answering chat prompts",
+        ),
+        "num_return_sequences": "is always 1: one answer a prompt is scored",
+        "use_cache": "is always on: without it each token recomputes the whole prompt",
+        "max_length": "counts the prompt too; write `max_new_tokens`",
+        "pad_token_id": "is the tokenizer's",
+        "bos_token_id": "is the tokenizer's",
+    },
+    "merge": {},
+}
+
+# Old or foreign names → what to write instead. Only a hint: an old name is never accepted.
+RENAMED: dict[str, str] = {
+    "max_seq_length": "training.max_length",
+    "seq_length": "training.max_length",
+    "cutoff_len": "training.max_length",
+    "sequence_len": "training.max_length",
+    "torch_dtype": "model.dtype",
+    "model_name_or_path": "model.pretrained_model_name_or_path",
+    "base_model": "model.pretrained_model_name_or_path",
+    "model_id": "model.pretrained_model_name_or_path",
+    "warmup_ratio": "training.warmup_steps (a value below 1 is a share of all steps)",
+    "evaluation_strategy": "training.eval_strategy",
+    "per_gpu_train_batch_size": "training.per_device_train_batch_size",
+    "micro_batch_size": "training.per_device_train_batch_size",
+    "batch_size": "training.per_device_train_batch_size",
+    "num_epochs": "training.num_train_epochs",
+    "epochs": "training.num_train_epochs",
+    "lr": "training.learning_rate",
+    "lr_scheduler": "training.lr_scheduler_type",
+    "optimizer": "training.optim",
+    "optim_type": "training.optim",
+    "group_by_length": "training.train_sampling_strategy: group_by_length",
+    "gradient_checkpointing": "training.activation_checkpointing",
+    "dataset_batch_size": "training.dataset_num_proc",
+    "sample_packing": "training.packing",
+    "logging_dir": "the variable TENSORBOARD_LOGGING_DIR",
+    "overwrite_output_dir": "nothing: a run folder is never overwritten",
+    "save_safetensors": "nothing: weights are always safetensors",
+    "tokenizer": "nothing: the tokenizer is the model's",
+    "train_on_inputs": "training.assistant_only_loss",
+    "completion_only": "training.completion_only_loss",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "rank": "lora.r",
+    "alpha": "lora.lora_alpha",
+    "dropout": "lora.lora_dropout",
+    "lora_target_modules": "lora.target_modules",
+    "lora_target": "lora.target_modules",
+    "lora_task_type": "lora.task_type",
+    "use_peft": "a `lora` section",
+    "load_in_4bit": "quantization.load_in_4bit",
+    "load_in_8bit": "quantization.load_in_8bit",
+    "use_bnb_nested_quant": "quantization.bnb_4bit_use_double_quant",
+    "bnb_4bit_double_quant": "quantization.bnb_4bit_use_double_quant",
+    "bnb_4bit_quantization_type": "quantization.bnb_4bit_quant_type",
+    "dataset_name": "dataset.path",
+    "dataset_train_split": "dataset.split",
+    "dataset_test_split": "dataset.eval_split",
+    "max_tokens": "generation.max_new_tokens",
+}

@@ -1,0 +1,158 @@
+"""The run folder `outputs/<recipe>/`: its layout, and writes that are either whole or not there at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_recipes.errors import MachineError, RunError
+
+OUTPUTS = Path("outputs")  # relative to the working folder, like every path a recipe names
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run. Nothing is created until something is written."""
+
+    root: Path
+
+    @classmethod
+    def of(cls, name: str) -> "RunDir":
+        return cls(OUTPUTS / name)
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.json"
+
+    @property
+    def status(self) -> Path:
+        return self.root / "status.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
+
+    @property
+    def merged(self) -> Path:
+        return self.root / "merged"
+
+    @property
+    def generations(self) -> Path:
+        return self.root / "generations.jsonl"
+
+    @property
+    def parity(self) -> Path:
+        return self.root / "parity.json"
+
+    def require_writable(self) -> None:
+        """Create the folder and write a byte there, before anything is spent on a run.
+
+        Raises:
+            MachineError: the folder cannot be created or written to.
+        """
+        probe = self.root / ".writable"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"1")
+            probe.unlink()
+        except OSError as error:
+            message = f"{self.root.absolute()}: cannot write the run folder: {error.strerror}; nothing was started. "
+            raise MachineError(message + "Make it writable, or run from a folder where you may write") from None
+
+    def require_adapter(self, recipe_path: Path) -> None:
+        """Raises RunError, with the training command, when there is no trained adapter."""
+        if not (self.adapter / "adapter_config.json").is_file():
+            raise RunError(
+                f"{self.adapter}: no trained adapter yet; train it first: accelerate launch run.py {recipe_path}"
+            )
+
+    def complete_checkpoints(self) -> list[Path]:
+        """Checkpoints that can be resumed, oldest first.
+
+        The Trainer writes `trainer_state.json` last, so a folder without it was cut off in the middle of a save.
+        """
+        folders = self.checkpoints.glob("checkpoint-*")
+        numbered = [(int(folder.name.split("-")[1]), folder) for folder in folders if folder.name.split("-")[1].isdigit()]
+        return [folder for _, folder in sorted(numbered) if (folder / "trainer_state.json").is_file()]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by a whole new one: a reader, or a crash, sees the old text or the new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of an indented JSON object."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """`write_text` of one JSON object a line."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} when there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; [] when there is no such file."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@contextmanager
+def published(folder: Path) -> Iterator[Path]:
+    """A staging folder that becomes `folder` when the block ends well, and is removed when it does not.
+
+    Files are made readable (safetensors writes mode 0600), fsynced, and the folder appears by one rename.
+    An existing `folder` is replaced only then.
+    """
+    staging = folder.with_name(f".{folder.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for file in [path for path in staging.rglob("*") if path.is_file()]:
+            file.chmod(0o644)
+            _fsync(file)
+        _fsync(staging)
+        if folder.exists():
+            shutil.rmtree(folder)
+        staging.rename(folder)
+        _fsync(folder.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
