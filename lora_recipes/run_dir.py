@@ -132,7 +132,7 @@ def published(folder: Path) -> Iterator[Path]:
     Files are made readable (safetensors writes mode 0600), fsynced, and the folder appears by one rename.
     An existing `folder` is replaced only then.
     """
-    staging = folder.with_name(f".{folder.name}.staging")
+    staging = staging_of(folder)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
@@ -148,6 +148,11 @@ def published(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def staging_of(folder: Path) -> Path:
+    """Where `published` lets a folder grow before it appears under its name."""
+    return folder.with_name(f".{folder.name}.staging")
 
 
 def _fsync(path: Path) -> None:

@@ -1,0 +1,94 @@
+"""Asks base, adapter and merged model the same questions, side by side: answers, how they ended, and a score."""
+
+from typing import Any
+
+from lora_recipes import console
+from lora_recipes.data import Question, questions, read_data
+from lora_recipes.errors import RunError
+from lora_recipes.model.adapted import attach_adapter
+from lora_recipes.model.answer import Answer, answer, generation_config
+from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer
+from lora_recipes.model.machine import choose
+from lora_recipes.model.source import locate, materialise
+from lora_recipes.recipe import Recipe
+from lora_recipes.run_dir import RunDir, write_jsonl
+from lora_recipes.score import score
+
+MODELS = ("base", "adapter", "merged")
+SHOWN_ROWS = 5
+BATCH_SIZE = 16
+
+
+def generate(recipe: Recipe) -> dict[str, Any]:
+    """Answer the recipe's prompts and held-out rows with every model there is, and write generations.jsonl.
+
+    Returns:
+        {"scores": {model: …}, "stopped": {model: share}, "failed": [questions whose trained model did not stop]}
+
+    Raises:
+        RunError: no trained adapter, or nothing to ask.
+    """
+    run_dir = RunDir.of(recipe.name)
+    run_dir.require_adapter(recipe.path)
+    choices = choose(recipe)
+    raw = read_data(recipe)
+    source = materialise(locate(recipe))
+    tokenizer = load_tokenizer(recipe, source)
+    asked = questions(recipe, raw, tokenizer)
+    if not asked:
+        raise RunError(f"{recipe.path}: nothing to ask; set generation.prompts or dataset.eval_split")
+    ends = end_token_ids(recipe, source, tokenizer)
+    config = generation_config(recipe.section("generation"), ends, tokenizer)
+    settings = (config, recipe.get("generation.batch_size", BATCH_SIZE), recipe.get("training.seed", 42))
+
+    def answers(model: Any, who: str) -> list[Answer]:
+        console.say(f"Asking the {who} model {len(asked)} questions …")
+        return answer(model, tokenizer, [question.input_ids for question in asked], *settings)
+
+    given: dict[str, list[Answer]] = {}
+    model = attach_adapter(load_base(recipe, source, choices), run_dir.adapter)
+    with model.disable_adapter():
+        given["base"] = answers(model, "base")
+    given["adapter"] = answers(model, "adapter")
+    del model
+    if run_dir.merged.is_dir():
+        given["merged"] = answers(_merged(recipe, run_dir, choices), "merged")
+    rows = _rows(asked, given)
+    write_jsonl(run_dir.generations, rows)
+    _show(rows, given)
+    return summary(rows)
+
+
+def _merged(recipe: Recipe, run_dir: RunDir, choices: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    keywords: dict[str, Any] = {} if choices.device == "cpu" else {"device_map": {"": 0}}
+    return AutoModelForCausalLM.from_pretrained(run_dir.merged, **keywords).eval()
+
+
+def _rows(asked: list[Question], given: dict[str, list[Answer]]) -> list[dict[str, Any]]:
+    return [
+        {"prompt": question.text, "expected": question.expected}
+        | {who: {"text": answers[index].text, "stopped": answers[index].stopped} for who, answers in given.items()}
+        for index, question in enumerate(asked)
+    ]
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Scores of the rows of generations.jsonl, one entry a model."""
+    scores = {who: found.as_json() for who in MODELS if (found := score(rows, who))}
+    return {
+        "scores": scores,
+        "stopped": {who: values["stopped_by_eos"] for who, values in scores.items()},
+        "failed": [row["prompt"] for row in rows if any(row[who]["stopped"] != "eos" for who in ("adapter", "merged") if who in row)],
+    }
+
+
+def _show(rows: list[dict[str, Any]], given: dict[str, list[Answer]]) -> None:
+    def cell(row: dict[str, Any], who: str) -> str:
+        right = row["expected"] is not None and row[who]["text"] == row["expected"]
+        return f"{row[who]['text']}\n[{row[who]['stopped']}]{' ✓' if right else ''}"
+
+    shown = [[row["prompt"], *(cell(row, who) for who in given), row["expected"] or "—"] for row in rows[:SHOWN_ROWS]]
+    console.table(f"First {len(shown)} of {len(rows)} questions", ["question", *given, "expected"], shown)
+    console.scores({who: values for who, values in summary(rows)["scores"].items()})

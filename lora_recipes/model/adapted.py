@@ -1,0 +1,46 @@
+"""A trained adapter on its base, with every tensor accounted for."""
+
+import json
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from lora_recipes.errors import RefusedError
+
+
+def attach_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """Load `folder` onto `base`, in evaluation mode.
+
+    Raises:
+        RefusedError: the adapter is torn, holds NaN or infinity, or lacks or has keys that the model does not.
+    """
+    check_adapter(folder)
+    expected_file = load_file(folder / "adapter_model.safetensors")
+    model = PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=False)
+    loaded = get_peft_model_state_dict(model)
+    missing, unexpected = loaded.keys() - expected_file.keys(), expected_file.keys() - loaded.keys()
+    if missing or unexpected:
+        raise RefusedError(
+            f"{folder}: not an adapter of this model: {len(missing)} keys are missing, {len(unexpected)} are not known "
+            f"({', '.join(sorted(missing | unexpected)[:3])})"
+        )
+    return model.eval()
+
+
+def check_adapter(folder: Path) -> None:
+    """Raises RefusedError when the adapter's weights cannot be read or are not finite."""
+    weights = folder / "adapter_model.safetensors"
+    try:
+        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        with safe_open(weights, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                if not torch.isfinite(tensors.get_tensor(name)).all():
+                    raise RefusedError(f"{weights}: {name} holds NaN or infinity; the run diverged, nothing is merged")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise RefusedError(f"{weights}: cannot be read: {error}") from None
+
+

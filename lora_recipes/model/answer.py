@@ -1,0 +1,59 @@
+"""Batched answers of a loaded model, each with how it ended."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`stopped` is "eos" when the model ended by itself, "length" when it ran into the limit."""
+
+    text: str
+    stopped: str
+
+
+def generation_config(section: dict[str, Any], end_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """The recipe's `generation` section as its class. End tokens are the model's unless the recipe names them."""
+    own = ("prompts", "batch_size", "max_rows")
+    values = {key: value for key, value in section.items() if key not in own}
+    return GenerationConfig(**{"eos_token_id": end_ids, "pad_token_id": tokenizer.pad_token_id, "do_sample": False, **values})
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    batch_size: int,
+    seed: int,
+) -> list[Answer]:
+    """One answer a prompt (token ids), in the order of `prompts`.
+
+    Prompts of like length share a batch, padded on the left, which is exact for causal models with position ids.
+    """
+    torch.manual_seed(seed)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers: dict[int, Answer] = {}
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    extra = {"tokenizer": tokenizer} if config.stop_strings else {}
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        inputs = _left_padded([prompts[index] for index in batch], tokenizer.pad_token_id, model.device)
+        with torch.no_grad():
+            output = model.generate(**inputs, generation_config=config, **extra)
+        for index, row in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+            end = next((position for position, token in enumerate(row) if token in ends), None)
+            text = tokenizer.decode(row[:end], skip_special_tokens=False).strip()
+            answers[index] = Answer(text, "length" if end is None else "eos")
+    return [answers[index] for index in range(len(prompts))]
+
+
+def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """{"input_ids", "attention_mask"}, each [rows, longest row]."""
+    longest = max(len(row) for row in rows)
+    ids = [[pad] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}

@@ -1,0 +1,127 @@
+"""Tokenizer, configs and base model, built from the recipe's sections by the classes that own them."""
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lora_recipes.errors import RecipeError
+from lora_recipes.model.machine import Choices
+from lora_recipes.model.source import Source
+from lora_recipes.recipe import Recipe
+
+_HUB_KEYS = ("revision", "trust_remote_code", "cache_dir", "local_files_only", "subfolder")
+
+
+def load_tokenizer(recipe: Recipe, source: Source) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with the recipe's chat template and end token, and a pad token (else the end token).
+
+    Raises:
+        RecipeError: the template file is missing, or the end token is not in the vocabulary.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source.location, **_hub_keywords(recipe))
+    template = recipe.get("training.chat_template_path")
+    if template:
+        if not Path(template).is_file():
+            raise RecipeError(f"{recipe.where('training.chat_template_path')}: no such file: {template}")
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    end = recipe.get("training.eos_token")
+    if end:
+        if end not in tokenizer.get_vocab():
+            raise RecipeError(f"{recipe.where('training.eos_token')}: `eos_token` {end!r} is not in the vocabulary")
+        tokenizer.eos_token = end
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def end_token_ids(recipe: Recipe, source: Source, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the tokenizer's first, then those of the model's generation config."""
+    try:
+        declared = GenerationConfig.from_pretrained(source.location, **_hub_keywords(recipe)).eos_token_id
+    except OSError:  # a model without generation_config.json
+        declared = None
+    ids = [tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])]
+    return list(dict.fromkeys(token for token in ids if token is not None))
+
+
+def model_config(recipe: Recipe, source: Source) -> PreTrainedConfig:
+    """The architecture's numbers; no weights are read."""
+    return AutoConfig.from_pretrained(source.location, **_hub_keywords(recipe))
+
+
+def _hub_keywords(recipe: Recipe) -> dict[str, Any]:
+    section = recipe.section("model")
+    return {key: section[key] for key in _HUB_KEYS if key in section}
+
+
+def quantization_config(section: dict[str, Any]) -> BitsAndBytesConfig | None:
+    """The `quantization` section as its class; None when the recipe does not quantize."""
+    return BitsAndBytesConfig(**section) if section else None
+
+
+def lora_config(section: dict[str, Any]) -> LoraConfig:
+    """The `lora` section as peft.LoraConfig; nested sections become the config classes that PEFT expects."""
+    hints = typing.get_type_hints(LoraConfig)
+    values = {key: _nested(hints[key], value) for key, value in section.items()}
+    return LoraConfig(**{"task_type": "CAUSAL_LM", **values})
+
+
+def _nested(hint: Any, value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    classes = [member for member in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(member)]
+    return typing.cast(Any, classes[0])(**value) if classes else value
+
+
+def load_base(recipe: Recipe, source: Source, choices: Choices, *, dtype: str | None = None, quantized: bool = True) -> PreTrainedModel:
+    """The base model as the recipe wants it, on the device that was chosen.
+
+    Args:
+        dtype: overrides `model.dtype`.
+        quantized: False loads the original weights even where the recipe quantizes.
+    """
+    keywords = recipe.section("model")
+    keywords.pop("pretrained_model_name_or_path")
+    if dtype is not None:
+        keywords["dtype"] = dtype
+    if choices.device == "cpu":
+        keywords.pop("device_map", None)  # one device; a map would only move weights through hooks
+    else:
+        keywords.setdefault("device_map", {"": PartialState().local_process_index})
+    config = quantization_config(choices.quantization) if quantized else None
+    model = AutoModelForCausalLM.from_pretrained(source.location, quantization_config=config, **keywords)
+    keep_canonical_4bit(model)
+    return model
+
+
+def keep_canonical_4bit(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in place on CPUs with AVX512_BF16.
+
+    There the first forward without gradients rewrites the packed weights into another layout. After it, backward is
+    cut at each 4-bit layer, and merging or dequantizing reads the wrong layout, both without an error
+    (bitsandbytes 0.50: nn/modules.py, Linear4bit.forward). The attribute switches that path off.
+    """
+    import sys
+
+    if "bitsandbytes" not in sys.modules:
+        return  # nothing was quantized
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False

@@ -1,0 +1,127 @@
+"""What this machine has, and what it makes a run choose: dtype, device, optimizer, threads, each with its reason."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lora_recipes.errors import MachineError
+from lora_recipes.recipe import Recipe
+
+# bitsandbytes pages optimizer states between GPU and CPU memory; without a GPU there is nothing to page.
+UNPAGED = {
+    "paged_adamw_32bit": "adamw_torch",
+    "paged_adamw": "adamw_torch",
+    "paged_adamw_8bit": "adamw_8bit",
+    "paged_lion_32bit": "lion_32bit",
+    "paged_lion": "lion_32bit",
+    "paged_lion_8bit": "lion_8bit",
+    "paged_ademamix_32bit": "ademamix",
+    "paged_ademamix_8bit": "ademamix_8bit",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One thing the machine decided: what, its value, and why."""
+
+    what: str
+    value: str
+    why: str
+
+
+@dataclass
+class Choices:
+    """What the recipe asks for, as this machine can do it. `made` is printed before training."""
+
+    training: dict[str, Any]
+    quantization: dict[str, Any]
+    device: str
+    made: list[Choice] = field(default_factory=list)
+
+
+def has_gpu() -> bool:
+    """Whether a CUDA (or ROCm) device is visible."""
+    return torch.cuda.is_available()
+
+
+def on_cpu(recipe: Recipe) -> bool:
+    """Whether a run of this recipe computes on the CPU."""
+    return bool(recipe.get("training.use_cpu")) or not has_gpu()
+
+
+def choose(recipe: Recipe) -> Choices:
+    """Turn the recipe's wishes into what this machine can do; every difference is in `made`.
+
+    Raises:
+        MachineError: fp16 training without a GPU, or bf16 on a GPU that lacks it: no fallback keeps what was asked.
+    """
+    choices = Choices(recipe.section("training"), recipe.section("quantization"), "cpu" if on_cpu(recipe) else "cuda")
+    if choices.device == "cpu":
+        _choose_for_cpu(recipe, choices)
+    else:
+        _choose_for_gpu(recipe, choices)
+    return choices
+
+
+def _choose_for_cpu(recipe: Recipe, choices: Choices) -> None:
+    training, asked = choices.training, bool(recipe.get("training.use_cpu"))
+    why = "training.use_cpu is true" if asked else "no GPU is visible"
+    choices.made.append(Choice("device", f"cpu, {_use_all_cores()} threads", why))
+    training["use_cpu"] = True
+    if training.get("fp16"):
+        raise MachineError(
+            f"{recipe.where('training.fp16')}: fp16 training needs a GPU, and none is used here ({why}). "
+            "Set training.fp16=false (float32), or run on a machine with a GPU"
+        )
+    if training.get("bf16") and not asked:
+        training["bf16"] = False
+        why = "bf16 is for GPUs; float32 is the faster type on a CPU without AMX (training.use_cpu=true keeps bf16)"
+        choices.made.append(Choice("dtype", "float32 instead of bf16", why))
+    elif not training.get("bf16"):
+        training["bf16"] = False  # SFTConfig's own default is true and needs a GPU
+        choices.made.append(Choice("dtype", "float32", "the recipe does not ask for bf16"))
+    else:
+        choices.made.append(Choice("dtype", "bf16 autocast", "training.bf16 and training.use_cpu are both true"))
+    if not training["bf16"] and choices.quantization.get("bnb_4bit_compute_dtype") in ("bfloat16", "float16"):
+        choices.quantization["bnb_4bit_compute_dtype"] = "float32"
+        choices.made.append(Choice("4-bit compute dtype", "float32", "it follows the training dtype"))
+    if (paged := training.get("optim", "")) in UNPAGED:
+        training["optim"] = UNPAGED[paged]
+        choices.made.append(Choice("optimizer", f"{training['optim']} instead of {paged}", "paging needs a GPU"))
+    for key in ("activation_offloading", "tf32"):
+        if training.get(key):
+            raise MachineError(f"{recipe.where(f'training.{key}')}: `{key}` needs a GPU; set training.{key}=false")
+    training.setdefault("dataloader_pin_memory", False)
+
+
+def _choose_for_gpu(recipe: Recipe, choices: Choices) -> None:
+    name = torch.cuda.get_device_name()
+    choices.made.append(Choice("device", f"cuda ({name})", "a GPU is visible"))
+    training = choices.training
+    if training.get("fp16"):
+        training["bf16"] = False
+        choices.made.append(Choice("dtype", "fp16 autocast", "training.fp16 is true"))
+    elif training.get("bf16", True):
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise MachineError(
+                f"{recipe.where('training.bf16')}: {name} has no bf16; set training.bf16=false training.fp16=true"
+                + (" quantization.bnb_4bit_compute_dtype=float16" if choices.quantization.get("load_in_4bit") else "")
+            )
+        choices.made.append(Choice("dtype", "bf16 autocast", "training.bf16 is true and the GPU has it"))
+    else:
+        choices.made.append(Choice("dtype", "float32", "training.bf16 and training.fp16 are false"))
+
+
+def _use_all_cores() -> int:
+    """Undo the launcher's single thread, and return the number of threads in use.
+
+    `accelerate launch` on a CPU machine exports OMP_NUM_THREADS=1 when no config file says otherwise. Cores are
+    shared between the processes of one machine.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()

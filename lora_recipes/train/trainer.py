@@ -1,0 +1,112 @@
+"""One `SFTTrainer` out of the recipe's sections, and the loss path that suits a CPU."""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from lora_recipes.data import TokenizedData
+from lora_recipes.data.tokens import IGNORED
+from lora_recipes.model.build import lora_config
+from lora_recipes.model.machine import Choice, Choices
+from lora_recipes.recipe import Recipe
+from lora_recipes.run_dir import RunDir
+
+# Read by lora_recipes.data and lora_recipes.model.build, which hand SFTTrainer finished tokens and labels.
+CONSUMED = ("assistant_only_loss", "completion_only_loss", "dataset_text_field", "chat_template_path")
+
+
+class RecipeTrainer(SFTTrainer):
+    """SFTTrainer, with a loss that on a CPU scores no masked position."""
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """TRL's loss value. On a CPU through the model's own head at the trained positions only.
+
+        TRL's fused head scores every position where there is no Triton, masked or not, and computes it twice.
+        """
+        if return_outputs or not self._suits_cpu_loss():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        scored = inputs["labels"][:, 1:] != IGNORED  # position p predicts token p + 1
+        targets = inputs["labels"][:, 1:][scored]
+        # Rows are padded on the right, where no real token of a causal model looks: no attention mask is needed.
+        forwarded = {key: inputs[key] for key in ("input_ids", "position_ids") if key in inputs}
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda module, arguments: (arguments[0][:, :-1][scored], *arguments[1:]))
+        try:
+            logits = model(**forwarded, use_cache=False).logits.float()  # [trained tokens, vocabulary]
+        finally:
+            hook.remove()
+        per_token = cross_entropy(logits, targets, reduction="none")
+        if self.args.loss_type == "dft":  # arXiv 2508.05629: weighted by the token's own probability
+            per_token = per_token * (-per_token).exp().detach()
+        self._count(model.training, inputs, logits.detach().argmax(-1) == targets)
+        loss = per_token.sum() / torch.as_tensor(targets.numel() if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # it counts the tokens of all ranks; DDP averages over ranks
+        return loss
+
+    def _suits_cpu_loss(self) -> bool:
+        return self.args.device.type == "cpu" and self.label_smoother is None and not self.aux_loss_enabled
+
+    def _count(self, training: bool, inputs: dict[str, torch.Tensor], correct: torch.Tensor) -> None:
+        """The metrics that TRL logs, summed over ranks as TRL does."""
+        mode = "train" if training else "eval"
+        tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else torch.tensor(inputs["input_ids"].numel())
+        sums = self.accelerator.reduce(torch.stack([correct.sum(), torch.tensor(correct.numel()), tokens]))
+        self._metrics[mode]["mean_token_accuracy"].append((sums[0] / sums[1].clamp(min=1)).item())
+        if training:
+            self._total_train_tokens += int(sums[2])
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's card names a local base as `[None](https://huggingface.co/None)`; better no card than a wrong one."""
+
+
+def build_trainer(
+    recipe: Recipe,
+    run_dir: RunDir,
+    choices: Choices,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TokenizedData,
+    callbacks: list[TrainerCallback],
+) -> RecipeTrainer:
+    """The trainer of a recipe. SFTTrainer seeds before it makes the adapter's weights, so a seed repeats a run."""
+    trainer = RecipeTrainer(
+        model=model,
+        args=training_arguments(choices.training, run_dir),
+        train_dataset=data.train,
+        eval_dataset=data.heldout,
+        processing_class=tokenizer,
+        peft_config=lora_config(recipe.section("lora")),
+        callbacks=callbacks,
+    )
+    _keep_adapter_precision(trainer, choices)
+    return trainer
+
+
+def training_arguments(section: dict[str, Any], run_dir: RunDir) -> SFTConfig:
+    """The `training` section as trl.SFTConfig, without the few keys that the data room has used up."""
+    values = {key: value for key, value in section.items() if key not in CONSUMED}
+    return SFTConfig(output_dir=str(run_dir.checkpoints), **values)
+
+
+def _keep_adapter_precision(trainer: RecipeTrainer, choices: Choices) -> None:
+    """SFTTrainer casts the adapters of a quantized base to bf16, whatever the training dtype.
+
+    Without bf16 compute that only loses bits (and fp16's gradient scaler cannot unscale bf16 gradients).
+    """
+    if trainer.args.bf16 or not getattr(trainer.model, "is_quantized", False):
+        return
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    choices.made.append(Choice("adapter dtype", "float32 instead of bfloat16", "training is not in bf16"))
