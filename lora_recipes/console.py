@@ -78,3 +78,18 @@ def scores(by_model: dict[str, dict[str, Any]]) -> None:
             for who, values in by_model.items()
         ],
     )
+
+
+def status(name: str, found: dict[str, Any]) -> None:
+    """How a run stands: gates, scores, what to type next."""
+    marks = {True: "held", False: "FAILED", None: "not tried yet"}
+    steps = f"step {found['step']} of {found['max_steps']}" if found["max_steps"] else "no step"
+    rows = [("state", f"{found['state']}, {steps}")]
+    rows += [(gate.replace("_", " "), marks[held]) for gate, held in found["gates"].items()]
+    rows += [("verdict", found["verdict"]), ("files", found["folder"])]
+    facts(name, rows)
+    if found["scores"]:
+        scores(found["scores"])
+    say("Next:", "bold")
+    for command in found["next"]:
+        say(f"  {command}")

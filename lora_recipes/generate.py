@@ -12,9 +12,8 @@ from lora_recipes.model.machine import choose
 from lora_recipes.model.source import locate, materialise
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir, write_jsonl
-from lora_recipes.score import score
+from lora_recipes.score import summary
 
-MODELS = ("base", "adapter", "merged")
 SHOWN_ROWS = 5
 BATCH_SIZE = 16
 
@@ -23,7 +22,7 @@ def generate(recipe: Recipe) -> dict[str, Any]:
     """Answer the recipe's prompts and held-out rows with every model there is, and write generations.jsonl.
 
     Returns:
-        {"scores": {model: …}, "stopped": {model: share}, "failed": [questions whose trained model did not stop]}
+        `score.summary` of the answers.
 
     Raises:
         RunError: no trained adapter, or nothing to ask.
@@ -74,16 +73,6 @@ def _rows(asked: list[Question], given: dict[str, list[Answer]]) -> list[dict[st
     ]
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Scores of the rows of generations.jsonl, one entry a model."""
-    scores = {who: found.as_json() for who in MODELS if (found := score(rows, who))}
-    return {
-        "scores": scores,
-        "stopped": {who: values["stopped_by_eos"] for who, values in scores.items()},
-        "failed": [row["prompt"] for row in rows if any(row[who]["stopped"] != "eos" for who in ("adapter", "merged") if who in row)],
-    }
-
-
 def _show(rows: list[dict[str, Any]], given: dict[str, list[Answer]]) -> None:
     def cell(row: dict[str, Any], who: str) -> str:
         right = row["expected"] is not None and row[who]["text"] == row["expected"]
@@ -91,4 +80,4 @@ def _show(rows: list[dict[str, Any]], given: dict[str, list[Answer]]) -> None:
 
     shown = [[row["prompt"], *(cell(row, who) for who in given), row["expected"] or "—"] for row in rows[:SHOWN_ROWS]]
     console.table(f"First {len(shown)} of {len(rows)} questions", ["question", *given, "expected"], shown)
-    console.scores({who: values for who, values in summary(rows)["scores"].items()})
+    console.scores(summary(rows)["scores"])

@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+MODELS = ("base", "adapter", "merged")
+
 
 @dataclass(frozen=True)
 class Score:
@@ -24,6 +26,23 @@ class Score:
             "field_match": _share(self.fields_right, self.fields),
             "stopped_by_eos": _share(self.stopped, self.asked),
         }
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the rows of generations.jsonl say.
+
+    Returns:
+        {"scores": {model: …}, "stopped": {model: share}, "merged_equals_adapter": share or None,
+        "failed": [questions that a trained model did not end by itself]}
+    """
+    scores = {who: found.as_json() for who in MODELS if (found := score(rows, who))}
+    both = [row for row in rows if "adapter" in row and "merged" in row]
+    return {
+        "scores": scores,
+        "stopped": {who: values["stopped_by_eos"] for who, values in scores.items()},
+        "merged_equals_adapter": _share(sum(row["adapter"]["text"] == row["merged"]["text"] for row in both), len(both)),
+        "failed": [row["prompt"] for row in rows if any(row[who]["stopped"] != "eos" for who in MODELS[1:] if who in row)],
+    }
 
 
 def score(rows: list[dict[str, Any]], who: str) -> Score | None:

@@ -82,7 +82,7 @@ def _convert(gguf: Path, digest: str, folder: Path) -> None:
     # The loaded model counts as GGUF-quantised and refuses to be saved: move its weights into a plain one.
     config = loaded.config
     del config.quantization_config
-    config._name_or_path = ""
+    config.__dict__.pop("_model_name_or_path", None)  # the reader puts the GGUF's title there
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()

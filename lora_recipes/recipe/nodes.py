@@ -56,7 +56,7 @@ class Node:
                 yield key, child
 
 
-class _CoreSchemaLoader(yaml.SafeLoader):
+class _CoreSchemaLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """The scalars of YAML 1.2's core schema: `2e-4` is a number; `no`, `on`, `012` and `12:30` are text.
 
     PyYAML follows YAML 1.1, where `2e-4` is text and `no` is false. A private subclass, since changing
@@ -133,7 +133,7 @@ def parse_text(text: str, file: str, problems: list[Problem]) -> Node | None:
         raise _broken_yaml(error, text, file) from None
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
-        raise _stop(Origin(file, line), f"character {ord(error.character):#04x} is not allowed in YAML") from None
+        raise _stop(Origin(file, line), f"control characters are not allowed in YAML ({error.reason})") from None
     return _convert(root, file, problems) if root is not None else None
 
 

@@ -21,7 +21,7 @@ _NAME = {"type": "string", "minLength": 1}
 # The keys no upstream class owns. Few on purpose: a key here is a thing the libraries do not have.
 OWN_KEYS: dict[str, dict[str, dict[str, Any]]] = {
     "dataset": {
-        "eval_split": _NAME | {"description": "Split of the same source that is held out: evaluation loss and the score of `generate`."},
+        "eval_split": {"type": ["string", "null"], "minLength": 1} | {"description": "Split of the same source that is held out: evaluation loss and the score of `generate`."},
     },
     "generation": {
         "prompts": {

@@ -1,0 +1,172 @@
+"""The commands: `lora-recipes VERB RECIPE [section.key=value ...] [--json]`. Verbs that need no model never import one."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lora_recipes import __version__, process
+from lora_recipes.errors import EXIT_DONE, EXIT_USER, LoraRecipesError, RunError
+from lora_recipes.recipe import InvalidRecipe, Recipe, load_recipe
+
+Result = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb and return its exit code."""
+    parser = _parser()
+    args = parser.parse_intermixed_args(arguments)
+    if args.verb is None:
+        parser.print_help()
+        return EXIT_USER
+    process.prepare()
+    try:
+        return VERBS[args.verb](args)
+    except LoraRecipesError as error:
+        return _failed(error, args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    verbs = "\n".join(f"  {name:<9} {function.__doc__}" for name, function in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="lora-recipes",
+        description="Fine-tuning recipes that prove each step.",
+        epilog=f"verbs:\n{verbs}\n\nexit codes: 0 done, 2 recipe or data wrong, 3 machine lacks something, 4 refused, 1 a bug of ours",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("verb", nargs="?", choices=VERBS, metavar="VERB", help="what to do, see below")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a file in recipes/")
+    parser.add_argument("words", nargs="*", metavar="section.key=value", help="settings that win over the file's; for `new`, first the new name")
+    parser.add_argument("--json", action="store_true", help="print exactly one JSON object on stdout")
+    parser.add_argument("--resume", action="store_true", help="train: go on from the last complete checkpoint")
+    parser.add_argument("--config_file", help="train: an accelerate config, such as accelerate_configs/cpu.yaml")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--version", action="version", version=__version__)
+    return parser
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    if args.recipe is None:
+        raise RunError(f"`{args.verb}` needs a recipe: lora-recipes {args.verb} recipes/NAME.yaml")
+    return load_recipe(args.recipe, args.words)
+
+
+def _failed(error: LoraRecipesError, args: argparse.Namespace) -> int:
+    if args.debug:
+        import traceback
+
+        traceback.print_exc()
+    if args.json:
+        from lora_recipes import console
+
+        console.emit_json({"error": {"message": str(error), "exit_code": error.exit_code}})
+    else:
+        sys.stderr.write(f"error: {error}\n")
+    return error.exit_code
+
+
+def _emit(args: argparse.Namespace, result: Result) -> None:
+    if args.json:
+        from lora_recipes import console
+
+        console.emit_json(result)
+
+
+def check(args: argparse.Namespace) -> int:
+    """say everything that is wrong with a recipe"""
+    try:
+        recipe = _recipe(args)
+    except InvalidRecipe as error:
+        if not args.json:
+            raise
+        _emit(args, {"ok": False, "problems": [problem.as_json() for problem in error.problems]})
+        return error.exit_code
+    if args.json:
+        _emit(args, {"ok": True, "problems": []})
+    else:
+        sys.stderr.write(f"{recipe.path}: ok\n")
+    return EXIT_DONE
+
+
+def show(args: argparse.Namespace) -> int:
+    """print the resolved recipe, and what set each value"""
+    from lora_recipes.recipe.show import render
+
+    recipe = _recipe(args)
+    if args.json:
+        _emit(args, {"recipe": recipe.plain(), "origins": {key: str(origin) for key, origin in recipe.origins.items() if "." in key}})
+    else:
+        sys.stdout.write(render(recipe) + "\n")
+    return EXIT_DONE
+
+
+def new(args: argparse.Namespace) -> int:
+    """RECIPE NAME: a recipe of your own that extends RECIPE"""
+    from lora_recipes.recipe.scaffold import new_recipe
+
+    if args.recipe is None or not args.words or "=" in args.words[0]:
+        raise RunError("`new` needs a source and a name: lora-recipes new recipes/NAME.yaml MY-NAME [section.key=value ...]")
+    path = new_recipe(Path(args.recipe), args.words[0], args.words[1:])
+    _emit(args, {"recipe": str(path)})
+    if not args.json:
+        sys.stderr.write(f"wrote {path}; edit it, then: lora-recipes check {path}\n")
+    return EXIT_DONE
+
+
+def train(args: argparse.Namespace) -> int:
+    """train it: accelerate launch run.py RECIPE"""
+    import subprocess
+    import tempfile
+
+    from lora_recipes.run_dir import RunDir, read_json
+    from lora_recipes.train import EXIT_CODE_FILE
+
+    recipe = _recipe(args)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    command += ["--config_file", args.config_file] if args.config_file else []
+    command += ["--module", "lora_recipes.train", args.recipe, *args.words]
+    command += [flag for flag, given in (("--resume", args.resume), ("--debug", args.debug)) if given]
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "exit_code"
+        ended = subprocess.run(command, check=False, env=os.environ | {EXIT_CODE_FILE: str(told)})
+        exit_code = int(told.read_text(encoding="utf-8")) if told.is_file() else ended.returncode
+    _emit(args, read_json(RunDir.of(recipe.name).status) | {"exit_code": exit_code})
+    return exit_code
+
+
+def generate(args: argparse.Namespace) -> int:
+    """ask base, adapter and merged model the same questions, and score them"""
+    from lora_recipes.generate import generate as run
+
+    _emit(args, run(_recipe(args)))
+    return EXIT_DONE
+
+
+def merge(args: argparse.Namespace) -> int:
+    """merge the adapter into a plain model and prove that it answers the same"""
+    from lora_recipes.merge import merge as run
+
+    _emit(args, run(_recipe(args)))
+    return EXIT_DONE
+
+
+def status(args: argparse.Namespace) -> int:
+    """how the run stands: state, gates, scores, what to type next"""
+    from lora_recipes import console
+    from lora_recipes.status import status as read
+
+    recipe = _recipe(args)
+    found = read(recipe)
+    if args.json:
+        _emit(args, found)
+    else:
+        console.status(recipe.name, found)
+    return EXIT_DONE
+
+
+VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
+    verb.__name__: verb for verb in (check, show, new, train, generate, merge, status)
+}

@@ -1,0 +1,223 @@
+"""Merges the adapter into a plain model, in its own process, and publishes it only when it answers like the adapter."""
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_recipes import console
+from lora_recipes.data import Question, questions, read_data
+from lora_recipes.errors import RefusedError, RunError
+from lora_recipes.model.adapted import attach_adapter, check_adapter
+from lora_recipes.model.answer import answer, generation_config
+from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer, model_config
+from lora_recipes.model.machine import Choices, choose
+from lora_recipes.model.source import Source, locate, materialise
+from lora_recipes.recipe import Recipe
+from lora_recipes.run_dir import RunDir, published, write_json
+
+PARITY_PROMPTS = 16
+PARITY_TOKENS = 128  # last tokens of a prompt that are compared; bounds the memory of the stored logits
+FALLBACK_PROMPTS = ("What is the capital of France?", "Write one sentence about the sea.")
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a merged model may differ by. Rounding to 16 bits moves logits; a wrong merge moves them much further."""
+
+    max_abs_logit_difference: float
+    mean_kl: float  # nats a token, KL(adapter ‖ merged)
+    greedy_agreement: float  # share of prompts with the same greedy text
+
+
+TOLERANCES = {
+    torch.float32: Tolerance(1e-3, 1e-6, 1.0),
+    torch.bfloat16: Tolerance(2.0, 2e-2, 0.5),
+    torch.float16: Tolerance(0.5, 5e-3, 0.75),
+}
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """How a model behaves on the parity prompts: logits of each ([tokens, vocabulary], float32), greedy texts."""
+
+    logits: list[torch.Tensor]
+    texts: list[str]
+
+
+def merge(recipe: Recipe) -> dict[str, Any]:
+    """Merge, reload what was written, compare it with the adapter, and publish `outputs/<name>/merged`.
+
+    Returns:
+        What is written to parity.json.
+
+    Raises:
+        RunError: no adapter, or `merged/` exists.
+        RefusedError: the base is quantized on disk, the adapter is broken or not finite, or the parity proof fails;
+            nothing is published then.
+    """
+    started = time.monotonic()
+    run_dir = RunDir.of(recipe.name)
+    run_dir.require_adapter(recipe.path)
+    if run_dir.merged.exists():
+        raise RunError(f"{run_dir.merged} exists and is left as it is; move or delete it to merge again")
+    check_adapter(run_dir.adapter)
+    choices = choose(recipe)
+    source = materialise(locate(recipe))
+    _refuse_quantized(recipe, source)
+    tokenizer = load_tokenizer(recipe, source)
+    asked = _parity_questions(recipe, tokenizer)
+    ends = end_token_ids(recipe, source, tokenizer)
+    greedy = generation_config({"max_new_tokens": recipe.get("generation.max_new_tokens", 64)}, ends, tokenizer)
+
+    model = attach_adapter(_merge_base(recipe, source, choices), run_dir.adapter)
+    before = _behaviour(model, tokenizer, asked, greedy)
+    merged = model.merge_and_unload(safe_merge=True)
+    _make_servable(merged, ends, tokenizer)
+    dtype = merged.dtype
+    with published(run_dir.merged) as staging:
+        merged.save_pretrained(staging, **_save_keywords(recipe))
+        tokenizer.save_pretrained(staging)
+        del merged, model
+        after = _behaviour(_reload(staging, choices), tokenizer, asked, greedy)
+        report = {"merged": str(run_dir.merged), "dtype": str(dtype).removeprefix("torch.")} | _difference(before, after)
+        report |= {"base": recipe.get("merge.base", "original"), "prompts": len(asked)}
+        report["passed"] = _within(report, TOLERANCES[dtype])
+        report["tolerance"] = vars(TOLERANCES[dtype])
+        if recipe.get("quantization"):
+            report["against_trained"] = _against_trained(recipe, source, choices, run_dir, after, tokenizer, asked, greedy)
+        report["peak_rss_bytes"] = _peak_rss_bytes()
+        report["seconds"] = round(time.monotonic() - started, 1)
+        write_json(run_dir.parity, report)
+        if not report["passed"]:
+            raise RefusedError(
+                f"the merged model does not answer like the adapter, so it is not published: logits differ by up to "
+                f"{report['max_abs_logit_difference']:.3g}, mean KL {report['mean_kl']:.3g}, "
+                f"{100 * report['greedy_agreement']:.0f} % of greedy texts are the same; see {run_dir.parity}"
+            )
+    _show(report, run_dir)
+    return report
+
+
+def _refuse_quantized(recipe: Recipe, source: Source) -> None:
+    if getattr(model_config(recipe, source), "quantization_config", None) is not None:
+        raise RefusedError(
+            f"{recipe.where('model.pretrained_model_name_or_path')}: {source.named} is quantized on disk; merging into it would "
+            "round the adapter away. Name the 16- or 32-bit model it was made from"
+        )
+
+
+def _merge_base(recipe: Recipe, source: Source, choices: Choices) -> PreTrainedModel:
+    """The base to merge into: the original weights, or the 4-bit weights that were trained on, dequantized."""
+    dtype = recipe.get("merge.dtype")
+    if recipe.get("merge.base", "original") == "original":
+        return load_base(recipe, source, choices, dtype=dtype, quantized=False)
+    wanted = getattr(torch, dtype) if dtype else None
+    return load_base(recipe, source, choices, dtype=dtype).dequantize(dtype=wanted)
+
+
+def _save_keywords(recipe: Recipe) -> dict[str, Any]:
+    return {key: value for key, value in recipe.section("merge").items() if key not in ("dtype", "base")}
+
+
+def _make_servable(model: PreTrainedModel, ends: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Training switches the cache off and may change the end token; neither is in an adapter folder."""
+    model.config.use_cache = True
+    model.generation_config = GenerationConfig.from_dict(
+        model.generation_config.to_dict() | {"use_cache": True, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+    )
+
+
+def _reload(folder: Any, choices: Choices) -> PreTrainedModel:
+    placed: dict[str, Any] = {} if choices.device == "cpu" else {"device_map": {"": 0}}
+    return AutoModelForCausalLM.from_pretrained(folder, **placed).eval()
+
+
+def _parity_questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Question]:
+    found = questions(recipe, read_data(recipe), tokenizer)[:PARITY_PROMPTS]
+    if found:
+        return found
+    return [Question(text, tokenizer(text)["input_ids"], None) for text in FALLBACK_PROMPTS]
+
+
+def _behaviour(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, asked: list[Question], greedy: GenerationConfig
+) -> Behaviour:
+    logits = []
+    for question in asked:
+        ids = torch.tensor([question.input_ids], device=model.device)
+        with torch.no_grad():
+            logits.append(model(input_ids=ids).logits[0, -PARITY_TOKENS:].float().cpu())
+    answers = answer(model, tokenizer, [question.input_ids for question in asked], greedy, PARITY_PROMPTS, seed=0)  # type: ignore[arg-type]
+    return Behaviour(logits, [given.text for given in answers])
+
+
+def _difference(before: Behaviour, after: Behaviour) -> dict[str, float]:
+    """Largest logit difference, KL(before ‖ after) in nats a token, share of greedy texts that are the same."""
+    largest, kl, tokens, same_top = 0.0, 0.0, 0, 0
+    for old, new in zip(before.logits, after.logits, strict=True):
+        largest = max(largest, (old - new).abs().max().item())
+        kl += torch.nn.functional.kl_div(new.log_softmax(-1), old.log_softmax(-1), log_target=True, reduction="sum").item()
+        same_top += int((old.argmax(-1) == new.argmax(-1)).sum())
+        tokens += len(old)
+    same_text = sum(old == new for old, new in zip(before.texts, after.texts, strict=True))
+    return {
+        "max_abs_logit_difference": largest,
+        "mean_kl": max(kl, 0.0) / tokens,
+        "top1_agreement": same_top / tokens,
+        "greedy_agreement": same_text / len(before.texts),
+    }
+
+
+def _within(report: dict[str, Any], allowed: Tolerance) -> bool:
+    """NaN fails every comparison, so a model that answers NaN does not pass."""
+    return (
+        report["max_abs_logit_difference"] <= allowed.max_abs_logit_difference
+        and report["mean_kl"] <= allowed.mean_kl
+        and report["greedy_agreement"] >= allowed.greedy_agreement
+    )
+
+
+def _against_trained(
+    recipe: Recipe,
+    source: Source,
+    choices: Choices,
+    run_dir: RunDir,
+    after: Behaviour,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: list[Question],
+    greedy: GenerationConfig,
+) -> dict[str, float]:
+    """How far the merged model is from the quantized model that was trained. Reported, never a reason to fail."""
+    trained = attach_adapter(load_base(recipe, source, choices), run_dir.adapter)
+    return _difference(_behaviour(trained, tokenizer, asked, greedy), after)
+
+
+def _peak_rss_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on Linux
+
+
+def _show(report: dict[str, Any], run_dir: RunDir) -> None:
+    rows = [
+        ("merged model", f"{run_dir.merged} ({report['dtype']}, into the {report['base']} base)"),
+        (
+            "adapter = merged",
+            f"largest logit difference {report['max_abs_logit_difference']:.2g}, mean KL {report['mean_kl']:.2g}, "
+            f"{100 * report['greedy_agreement']:.0f} % of {report['prompts']} greedy texts the same",
+        ),
+    ]
+    if drift := report.get("against_trained"):
+        rows.append(
+            (
+                "against the 4-bit model",
+                f"largest logit difference {drift['max_abs_logit_difference']:.2g}, mean KL {drift['mean_kl']:.2g}, "
+                f"{100 * drift['greedy_agreement']:.0f} % of greedy texts the same",
+            )
+        )
+    console.facts("Merged and proved", [*rows, ("proof", str(run_dir.parity))])
