@@ -1,4 +1,4 @@
-"""The commands: `lora-recipes VERB RECIPE [section.key=value ...] [--json]`. Verbs that need no model never import one."""
+"""The commands: `lora-recipes VERB RECIPE [section.key=value ...] [--json]`. What needs no model never imports one."""
 
 import argparse
 import os
@@ -12,6 +12,7 @@ from lora_recipes.errors import EXIT_DONE, EXIT_USER, LoraRecipesError, RunError
 from lora_recipes.recipe import InvalidRecipe, Recipe, load_recipe
 
 Result = dict[str, Any]
+EXIT_CODES = "0 done, 2 recipe or data wrong, 3 machine lacks something, 4 refused, 1 a bug of ours"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,13 +34,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lora-recipes",
         description="Fine-tuning recipes that prove each step.",
-        epilog=f"verbs:\n{verbs}\n\nexit codes: 0 done, 2 recipe or data wrong, 3 machine lacks something, 4 refused, 1 a bug of ours",
+        epilog=f"verbs:\n{verbs}\n\nexit codes: {EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("verb", nargs="?", choices=VERBS, metavar="VERB", help="what to do, see below")
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a file in recipes/")
-    parser.add_argument("words", nargs="*", metavar="section.key=value", help="settings that win over the file's; for `new`, first the new name")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings that win over the file's; for `new`, first the new name",
+    )
     parser.add_argument("--json", action="store_true", help="print exactly one JSON object on stdout")
     parser.add_argument("--resume", action="store_true", help="train: go on from the last complete checkpoint")
     parser.add_argument("--config_file", help="train: an accelerate config, such as accelerate_configs/cpu.yaml")
@@ -97,7 +103,13 @@ def show(args: argparse.Namespace) -> int:
 
     recipe = _recipe(args)
     if args.json:
-        _emit(args, {"recipe": recipe.plain(), "origins": {key: str(origin) for key, origin in recipe.origins.items() if "." in key}})
+        _emit(
+            args,
+            {
+                "recipe": recipe.plain(),
+                "origins": {key: str(origin) for key, origin in recipe.origins.items() if "." in key},
+            },
+        )
     else:
         sys.stdout.write(render(recipe) + "\n")
     return EXIT_DONE
@@ -108,7 +120,9 @@ def new(args: argparse.Namespace) -> int:
     from lora_recipes.recipe.scaffold import new_recipe
 
     if args.recipe is None or not args.words or "=" in args.words[0]:
-        raise RunError("`new` needs a source and a name: lora-recipes new recipes/NAME.yaml MY-NAME [section.key=value ...]")
+        raise RunError(
+            "`new` needs a source and a name: lora-recipes new recipes/NAME.yaml MY-NAME [section.key=value ...]"
+        )
     path = new_recipe(Path(args.recipe), args.words[0], args.words[1:])
     _emit(args, {"recipe": str(path)})
     if not args.json:

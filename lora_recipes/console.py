@@ -1,4 +1,4 @@
-"""What the user sees. People read stderr; with `--json` stdout holds exactly one JSON object. No other module prints."""
+"""What the user sees. People read stderr; with `--json` stdout holds one JSON object. No other module prints."""
 
 import json
 import sys
@@ -34,7 +34,14 @@ def emit_text(text: str) -> None:
 
 def facts(title: str, rows: Iterable[tuple[str, str]]) -> None:
     """A titled list of names and values."""
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        show_header=False,
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
@@ -42,13 +49,11 @@ def facts(title: str, rows: Iterable[tuple[str, str]]) -> None:
     _stderr.print(table)
 
 
-def trained_tokens(pieces: Iterable[tuple[str, bool]]) -> None:
-    """A training example with the tokens that carry loss in green, the rest dim; the legend says how many."""
-    pieces = list(pieces)
-    count = sum(trained for _, trained in pieces)
+def trained_tokens(pieces: Iterable[tuple[str, bool]], trained_count: int, count: int) -> None:
+    """A training example with the text that carries loss in green, the rest dim; the legend counts tokens."""
     text = Text("One training example, ", style="bold")
     text.append("green = trained", style="bold green")
-    text.append(f" ({count} of {len(pieces)} tokens)\n", style="bold")
+    text.append(f" ({trained_count} of {count} tokens)\n", style="bold")
     for piece, trained in pieces:
         text.append(piece.replace("\x1b", "␛"), style="green" if trained else "dim")
     _stderr.print(text)
@@ -74,7 +79,12 @@ def scores(by_model: dict[str, dict[str, Any]]) -> None:
         "Held-out rows",
         ["model", "exact match", "fields right", "stopped by eos"],
         [
-            [who, percent(values["exact_match"]), percent(values["field_match"]), percent(values["stopped_by_eos"])]
+            [
+                who,
+                percent(values["exact_match"]),
+                percent(values["field_match"]),
+                percent(values["stopped_by_eos"]),
+            ]
             for who, values in by_model.items()
         ],
     )

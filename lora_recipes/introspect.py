@@ -1,4 +1,4 @@
-"""Reads the fields, types and choices of the pinned libraries and writes them to `recipe/schema.json` (`make schema`)."""
+"""Reads fields, types and choices of the pinned libraries and writes them to `recipe/schema.json` (`make schema`)."""
 
 import argparse
 import dataclasses
@@ -12,11 +12,26 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from lora_recipes.recipe.vocabulary import BOUNDS, MODEL_KEYWORDS, OWN_KEYS, OWNERS, REFUSED, SAVE_KEYWORDS, TYPES
+from lora_recipes.recipe.vocabulary import (
+    BOUNDS,
+    MODEL_KEYWORDS,
+    OWN_KEYS,
+    OWNERS,
+    REFUSED,
+    SAVE_KEYWORDS,
+    TYPES,
+)
 
 SCHEMA_FILE = Path(__file__).parent / "recipe" / "schema.json"
 
-_JSON_TYPES: dict[Any, str] = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", list: "array"}
+_JSON_TYPES: dict[Any, str] = {
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    dict: "object",
+    list: "array",
+}
 _JSON_TYPES[type(None)] = "null"
 
 
@@ -37,7 +52,10 @@ def build_schema() -> dict[str, Any]:
         "merge": SAVE_KEYWORDS,
     }
     sections = {name: _section(name, properties) for name, properties in owned.items()}
-    extends = {"type": "string", "description": "The parent recipe, relative to this file. Mappings merge; lists and scalars replace; `null` drops a section."}
+    extends = {
+        "type": "string",
+        "description": "The parent recipe, relative to this file. Mappings merge; lists and scalars replace; `null` drops a section.",
+    }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "lora-recipes recipe",
@@ -82,7 +100,7 @@ def dataclass_properties(cls: type) -> dict[str, dict[str, Any]]:
 
 
 def signature_properties(function: Any, documented: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """A property for each named parameter; an annotation wins over the docstring, which wins over the default's type."""
+    """A property for each named parameter; an annotation wins over the docstring."""
     properties = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if name == "self" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -97,7 +115,7 @@ def signature_properties(function: Any, documented: dict[str, dict[str, Any]]) -
 
 
 def generation_properties(cls: type) -> dict[str, dict[str, Any]]:
-    """GenerationConfig has neither annotations nor a signature: names come from an instance, types from the docstring."""
+    """GenerationConfig has no annotations: names come from an instance, types from the docstring."""
     documented = docstring_properties(cls)
     names = [name for name in vars(cls()) if not name.startswith("_")]
     return {name: documented[name] for name in names if documented.get(name, {}).keys() & {"type", "enum"}}
@@ -120,7 +138,10 @@ def type_schema(annotation: Any) -> dict[str, Any]:
     if inspect.isclass(annotation) and issubclass(annotation, enum.Enum):
         return {"enum": [member.value for member in annotation]}
     if dataclasses.is_dataclass(annotation):
-        properties = {name: _without_description(schema) for name, schema in dataclass_properties(typing.cast(type, annotation)).items()}
+        properties = {
+            name: _without_description(schema)
+            for name, schema in dataclass_properties(typing.cast(type, annotation)).items()
+        }
         return {"type": "object", "additionalProperties": False, "properties": properties}
     return {"type": _JSON_TYPES[annotation]} if annotation in _JSON_TYPES else {"type": "string"}
 
@@ -151,7 +172,15 @@ def _union(members: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 _DOCUMENTED = re.compile(r"^ {0,8}(?:-\s+\*\*)?(\w+)(?:\*\*)?\s+\((.+?)\)(?:\s+--|:)\s*(.*)$")
-_DOC_TYPES = {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "list": "array", "tuple": "array", "dict": "object"}
+_DOC_TYPES = {
+    "int": "integer",
+    "float": "number",
+    "bool": "boolean",
+    "str": "string",
+    "list": "array",
+    "tuple": "array",
+    "dict": "object",
+}
 
 
 def docstring_properties(documented: Any) -> dict[str, dict[str, Any]]:
@@ -173,9 +202,11 @@ def docstring_properties(documented: Any) -> dict[str, dict[str, Any]]:
 
 
 def _documented_type(kind: str) -> dict[str, Any]:
-    """"`int` or `list[int]`, *optional*" → {"type": ["integer", "array", "null"]}. Types of other libraries: {}."""
+    """ "`int` or `list[int]`, *optional*" → {"type": ["integer", "array", "null"]}. Types of other libraries: {}."""
     kind = kind.split(", defaults to")[0]
-    names = re.findall(r"\w+", re.sub(r"(?i)\b(list|dict|tuple)\[[^`]*", r"\1", kind).replace("torch.dtype", "str").lower())
+    names = re.findall(
+        r"\w+", re.sub(r"(?i)\b(list|dict|tuple)\[[^`]*", r"\1", kind).replace("torch.dtype", "str").lower()
+    )
     json_types = [_DOC_TYPES[name] for name in names if name in _DOC_TYPES]
     if not json_types:
         return {}

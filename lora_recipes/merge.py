@@ -85,12 +85,17 @@ def merge(recipe: Recipe) -> dict[str, Any]:
         tokenizer.save_pretrained(staging)
         del merged, model
         after = _behaviour(_reload(staging, choices), tokenizer, asked, greedy)
-        report = {"merged": str(run_dir.merged), "dtype": str(dtype).removeprefix("torch.")} | _difference(before, after)
+        report: dict[str, Any] = {
+            "merged": str(run_dir.merged),
+            "dtype": str(dtype).removeprefix("torch."),
+        } | _difference(before, after)
         report |= {"base": recipe.get("merge.base", "original"), "prompts": len(asked)}
         report["passed"] = _within(report, TOLERANCES[dtype])
         report["tolerance"] = vars(TOLERANCES[dtype])
         if recipe.get("quantization"):
-            report["against_trained"] = _against_trained(recipe, source, choices, run_dir, after, tokenizer, asked, greedy)
+            report["against_trained"] = _against_trained(
+                recipe, source, choices, run_dir, after, tokenizer, asked, greedy
+            )
         report["peak_rss_bytes"] = _peak_rss_bytes()
         report["seconds"] = round(time.monotonic() - started, 1)
         write_json(run_dir.parity, report)
@@ -107,8 +112,8 @@ def merge(recipe: Recipe) -> dict[str, Any]:
 def _refuse_quantized(recipe: Recipe, source: Source) -> None:
     if getattr(model_config(recipe, source), "quantization_config", None) is not None:
         raise RefusedError(
-            f"{recipe.where('model.pretrained_model_name_or_path')}: {source.named} is quantized on disk; merging into it would "
-            "round the adapter away. Name the 16- or 32-bit model it was made from"
+            f"{recipe.where('model.pretrained_model_name_or_path')}: {source.named} is quantized on disk; merging into it "
+            "would round the adapter away. Name the 16- or 32-bit model it was made from"
         )
 
 
@@ -129,7 +134,8 @@ def _make_servable(model: PreTrainedModel, ends: list[int], tokenizer: PreTraine
     """Training switches the cache off and may change the end token; neither is in an adapter folder."""
     model.config.use_cache = True
     model.generation_config = GenerationConfig.from_dict(
-        model.generation_config.to_dict() | {"use_cache": True, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+        model.generation_config.to_dict()
+        | {"use_cache": True, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
     )
 
 
@@ -146,14 +152,17 @@ def _parity_questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def _behaviour(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, asked: list[Question], greedy: GenerationConfig
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: list[Question],
+    greedy: GenerationConfig,
 ) -> Behaviour:
     logits = []
     for question in asked:
         ids = torch.tensor([question.input_ids], device=model.device)
         with torch.no_grad():
             logits.append(model(input_ids=ids).logits[0, -PARITY_TOKENS:].float().cpu())
-    answers = answer(model, tokenizer, [question.input_ids for question in asked], greedy, PARITY_PROMPTS, seed=0)  # type: ignore[arg-type]
+    answers = answer(model, tokenizer, [question.input_ids for question in asked], greedy, PARITY_PROMPTS, seed=0)
     return Behaviour(logits, [given.text for given in answers])
 
 
@@ -162,7 +171,9 @@ def _difference(before: Behaviour, after: Behaviour) -> dict[str, float]:
     largest, kl, tokens, same_top = 0.0, 0.0, 0, 0
     for old, new in zip(before.logits, after.logits, strict=True):
         largest = max(largest, (old - new).abs().max().item())
-        kl += torch.nn.functional.kl_div(new.log_softmax(-1), old.log_softmax(-1), log_target=True, reduction="sum").item()
+        kl += torch.nn.functional.kl_div(
+            new.log_softmax(-1), old.log_softmax(-1), log_target=True, reduction="sum"
+        ).item()
         same_top += int((old.argmax(-1) == new.argmax(-1)).sum())
         tokens += len(old)
     same_text = sum(old == new for old, new in zip(before.texts, after.texts, strict=True))

@@ -1,6 +1,7 @@
 """Settings of the whole process that must be made before torch is imported; each has its reason."""
 
 import os
+import warnings
 
 
 def prepare() -> None:
@@ -12,3 +13,5 @@ def prepare() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # tokenizers warns when a process that has used it forks (data loader workers).
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # transformers 5.23 warns about its own use of a name that it has deprecated.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)

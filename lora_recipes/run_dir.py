@@ -88,7 +88,9 @@ class RunDir:
         The Trainer writes `trainer_state.json` last, so a folder without it was cut off in the middle of a save.
         """
         folders = self.checkpoints.glob("checkpoint-*")
-        numbered = [(int(folder.name.split("-")[1]), folder) for folder in folders if folder.name.split("-")[1].isdigit()]
+        numbered = [
+            (int(folder.name.split("-")[1]), folder) for folder in folders if folder.name.split("-")[1].isdigit()
+        ]
         return [folder for _, folder in sorted(numbered) if (folder / "trainer_state.json").is_file()]
 
 

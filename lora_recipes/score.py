@@ -40,8 +40,12 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "scores": scores,
         "stopped": {who: values["stopped_by_eos"] for who, values in scores.items()},
-        "merged_equals_adapter": _share(sum(row["adapter"]["text"] == row["merged"]["text"] for row in both), len(both)),
-        "failed": [row["prompt"] for row in rows if any(row[who]["stopped"] != "eos" for who in MODELS[1:] if who in row)],
+        "merged_equals_adapter": _share(
+            sum(row["adapter"]["text"] == row["merged"]["text"] for row in both), len(both)
+        ),
+        "failed": [
+            row["prompt"] for row in rows if any(row[who]["stopped"] != "eos" for who in MODELS[1:] if who in row)
+        ],
     }
 
 

@@ -8,7 +8,7 @@ from lora_recipes.score import summary
 
 
 def status(recipe: Recipe) -> dict[str, Any]:
-    """{"state", "step", "max_steps", "exit_code", "reason", "last_good_checkpoint", "gates", "scores", "verdict", "folder", "next"}.
+    """What is known of a run: the keys of status.json, "gates", "scores", "verdict", "folder", "next".
 
     A gate is true (held), false (failed) or null (not tried yet). The verdict is "passed" when training is complete
     and every gate holds, "failed" when one does not, else "incomplete".

@@ -8,7 +8,9 @@ from lora_recipes.errors import DataError
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPEAKER = re.compile(r"^(Human|Assistant):", re.MULTILINE)
 
-FORMATS = "`messages` (a list of role and content), `prompt` with `completion`, or `{text_field}` (Human: … / Assistant: …)"
+FORMATS = (
+    "`messages` (a list of role and content), `prompt` with `completion`, or `{text_field}` (Human: … / Assistant: …)"
+)
 
 
 def recognise(columns: list[str], text_field: str, where: str) -> str:
@@ -56,7 +58,9 @@ def _messages_problem(messages: Any, field: str, answers_only: bool) -> str | No
     answers = [message for message in messages if message["role"] == "assistant"]
     if answers_only and not answers:
         return f"`{field}` has no assistant turn, so there is nothing to learn"
-    if answers_only and not any((answer.get("content") or "").strip() or answer.get("tool_calls") for answer in answers):
+    if answers_only and not any(
+        (answer.get("content") or "").strip() or answer.get("tool_calls") for answer in answers
+    ):
         return f"`{field}`: every assistant turn is empty"
     return None
 
@@ -67,7 +71,8 @@ def _prompt_completion_problem(row: dict[str, Any]) -> str | None:
         return None if completion.strip() else "`completion` is empty"
     if isinstance(prompt, list) and isinstance(completion, list):
         return _messages_problem(prompt, "prompt", False) or _messages_problem(completion, "completion", True)
-    return f"`prompt` is {_kind(prompt)} and `completion` is {_kind(completion)}; both must be text, or both lists of messages"
+    found = f"`prompt` is {_kind(prompt)} and `completion` is {_kind(completion)}"
+    return f"{found}; both must be text, or both lists of messages"
 
 
 def _text_problem(text: Any, field: str, answers_only: bool) -> str | None:
@@ -79,7 +84,10 @@ def _text_problem(text: Any, field: str, answers_only: bool) -> str | None:
         return None
     answers = [said for speaker, said in turns(text) if speaker == "Assistant"]
     if not answers:
-        return f"`{field}` has no line that begins with `Assistant:`, so nothing in it is the assistant's; to train on all of the text set training.assistant_only_loss=false"
+        return (
+            f"`{field}` has no line that begins with `Assistant:`, so nothing in it is the assistant's; to train on all "
+            "of the text set training.assistant_only_loss=false"
+        )
     return None if any(said.strip() for said in answers) else f"`{field}`: every `Assistant:` turn is empty"
 
 
@@ -93,5 +101,12 @@ def turns(text: str) -> list[tuple[str, str]]:
 
 
 def _kind(value: Any) -> str:
-    names = {str: "text", list: "a list", dict: "a mapping", bool: "true or false", int: "a number", float: "a number"}
+    names = {
+        str: "text",
+        list: "a list",
+        dict: "a mapping",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
     return "null" if value is None else names.get(type(value), type(value).__name__)

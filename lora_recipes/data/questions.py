@@ -52,12 +52,17 @@ def _from_row(row: dict[str, Any], form: str, text_field: str, tokenizer: PreTra
     if form == "prompt_completion" and isinstance(row["prompt"], str):
         return Question(row["prompt"], tokenizer(row["prompt"])["input_ids"], row["completion"].strip())
     messages = row["messages"] if form == "messages" else row["prompt"] + row["completion"]
-    last = max((number for number, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
+    last = max(
+        (number for number, message in enumerate(messages) if message["role"] == "assistant"),
+        default=len(messages),
+    )
     expected = (messages[last].get("content") or "").strip() if last < len(messages) else None
     return _from_chat(messages[:last], expected, tokenizer, row.get("tools"))
 
 
-def _from_chat(messages: list[dict[str, Any]], expected: str | None, tokenizer: PreTrainedTokenizerBase, tools: Any) -> Question:
+def _from_chat(
+    messages: list[dict[str, Any]], expected: str | None, tokenizer: PreTrainedTokenizerBase, tools: Any
+) -> Question:
     ids = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
     text = next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
     return Question(text, ids, expected)

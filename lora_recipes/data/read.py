@@ -56,7 +56,9 @@ def _read_split(recipe: Recipe, split: str) -> datasets.Dataset:
     except (DatasetGenerationError, UnicodeDecodeError) as error:
         raise DataError(_broken_file(files, error)) from None
     except ConnectionError as error:
-        raise MachineError(f"{recipe.where('dataset.path')}: cannot reach the data set {keywords['path']!r}: {error}") from None
+        raise MachineError(
+            f"{recipe.where('dataset.path')}: cannot reach the data set {keywords['path']!r}: {error}"
+        ) from None
     except (FileNotFoundError, ValueError) as error:
         raise DataError(f"{recipe.where('dataset.path')}: the data cannot be read: {error}") from None
     if len(rows) == 0:
@@ -91,14 +93,17 @@ def _check_rows(rows: datasets.Dataset, form: str, text_field: str, recipe: Reci
     lines = [f"{places.get(index, f'{split} row {index + 1}')}: {problem}" for index, problem in problems[:SHOWN]]
     if len(problems) > SHOWN:
         lines.append(f"… and {len(problems) - SHOWN:,} more")
-    raise DataError("\n".join(lines) + f"\n{len(problems):,} of {len(rows):,} rows cannot be trained on; mend or remove them")
+    raise DataError(
+        "\n".join(lines) + f"\n{len(problems):,} of {len(rows):,} rows cannot be trained on; mend or remove them"
+    )
 
 
 def _row_places(files: list[Path], wanted: list[int]) -> dict[int, str]:
     """Row index → `file:line`, for rows that lie in line-oriented local files."""
     if not files or any(file.suffix not in (".jsonl", ".json", ".txt") for file in files):
         return {}
-    places, index, left = {}, 0, set(wanted)
+    places: dict[int, str] = {}
+    index, left = 0, set(wanted)
     for file in files:
         for number, line in _lines(file):
             if line.lstrip().startswith(b"["):

@@ -25,11 +25,11 @@ class TokenizedData:
 
 
 def tokenize(raw: RawData, tokenizer: PreTrainedTokenizerBase, end_ids: set[int], recipe: Recipe) -> TokenizedData:
-    """Render, tokenize and mask every row. The same function makes what is previewed and what is trained.
+    """Render, tokenize and mask every row.
 
     Args:
-        end_ids: tokens that end an answer (the tokenizer's and the generation config's); one of them must carry
-            loss in each answer, else the model would never learn to stop.
+        end_ids: tokens that end an answer (the tokenizer's and the generation config's); one of them
+            must carry loss in each answer, else the model would never learn to stop.
 
     Raises:
         DataError: the chat template is missing, or rewrites earlier turns, or leaves the end token out.
@@ -160,7 +160,9 @@ def _chat_tokens(
     return {"input_ids": full, "labels": labels}
 
 
-def _render(messages: list[dict[str, Any]], open_answer: bool, tools: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _render(
+    messages: list[dict[str, Any]], open_answer: bool, tools: Any, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
     return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=open_answer, return_dict=False)
 
 

@@ -42,5 +42,3 @@ def check_adapter(folder: Path) -> None:
                     raise RefusedError(f"{weights}: {name} holds NaN or infinity; the run diverged, nothing is merged")
     except (OSError, ValueError, SafetensorError) as error:
         raise RefusedError(f"{weights}: cannot be read: {error}") from None
-
-

@@ -15,11 +15,15 @@ class Answer:
     stopped: str
 
 
-def generation_config(section: dict[str, Any], end_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+def generation_config(
+    section: dict[str, Any], end_ids: list[int], tokenizer: PreTrainedTokenizerBase
+) -> GenerationConfig:
     """The recipe's `generation` section as its class. End tokens are the model's unless the recipe names them."""
     own = ("prompts", "batch_size", "max_rows")
     values = {key: value for key, value in section.items() if key not in own}
-    return GenerationConfig(**{"eos_token_id": end_ids, "pad_token_id": tokenizer.pad_token_id, "do_sample": False, **values})
+    return GenerationConfig(
+        **{"eos_token_id": end_ids, "pad_token_id": tokenizer.pad_token_id, "do_sample": False, **values}
+    )
 
 
 def answer(
@@ -56,4 +60,7 @@ def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[
     longest = max(len(row) for row in rows)
     ids = [[pad] * (longest - len(row)) + row for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+    return {
+        "input_ids": torch.tensor(ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }

@@ -88,7 +88,9 @@ def _nested(hint: Any, value: Any) -> Any:
     return typing.cast(Any, classes[0])(**value) if classes else value
 
 
-def load_base(recipe: Recipe, source: Source, choices: Choices, *, dtype: str | None = None, quantized: bool = True) -> PreTrainedModel:
+def load_base(
+    recipe: Recipe, source: Source, choices: Choices, *, dtype: str | None = None, quantized: bool = True
+) -> PreTrainedModel:
     """The base model as the recipe wants it, on the device that was chosen.
 
     Args:

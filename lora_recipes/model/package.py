@@ -90,7 +90,11 @@ def _convert(gguf: Path, digest: str, folder: Path) -> None:
     with published(folder) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        record = {"gguf": gguf.name, "gguf_sha256": digest, "weights_sha256": file_sha256(staging / "model.safetensors")}
+        record = {
+            "gguf": gguf.name,
+            "gguf_sha256": digest,
+            "weights_sha256": file_sha256(staging / "model.safetensors"),
+        }
         write_json(staging / "source.json", record)
 
 

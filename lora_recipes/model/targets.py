@@ -55,7 +55,9 @@ def find_targets(recipe: Recipe, config: PreTrainedConfig) -> Targets:
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in recipe.get(f"lora.{key}") or {}:
             if not _pattern_matches(pattern, hit):
-                problems.append(f"{recipe.where(f'lora.{key}')}: `{key}`: {pattern!r} matches none of the targeted modules")
+                problems.append(
+                    f"{recipe.where(f'lora.{key}')}: `{key}`: {pattern!r} matches none of the targeted modules"
+                )
     if problems:
         raise RecipeError("\n".join(problems))
     trainable, total = adapted.get_nb_trainable_parameters()
@@ -68,10 +70,12 @@ def find_targets(recipe: Recipe, config: PreTrainedConfig) -> Targets:
 def _adapted(recipe: Recipe, base: torch.nn.Module, linear: set[str]) -> PeftModel:
     section = recipe.section("lora") | {"init_lora_weights": True}  # PiSSA and the like compute on real weights
     try:
-        return get_peft_model(base, lora_config(section))  # type: ignore[arg-type]
+        return get_peft_model(base, lora_config(section))
     except ValueError as error:  # PEFT's own words for a pattern or a layer kind that cannot be adapted
         where = recipe.where("lora.target_modules")
-        raise RecipeError(f"{where}: LoRA cannot be applied: {error}\nlinear layers here: {', '.join(sorted(linear))}") from None
+        raise RecipeError(
+            f"{where}: LoRA cannot be applied: {error}\nlinear layers here: {', '.join(sorted(linear))}"
+        ) from None
 
 
 def _matches(name: str, known: list[str]) -> bool:

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jsonschema import Draft202012Validator, ValidationError, validators
+from jsonschema import Draft202012Validator, validators
 
 from lora_recipes.errors import EXIT_REFUSED
 from lora_recipes.recipe.nodes import Node
@@ -23,7 +23,9 @@ SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9-]{20,}|AKIA[A-Z
 _TYPES = Draft202012Validator.TYPE_CHECKER.redefine_many(
     {
         "integer": lambda _, value: isinstance(value, int) and not isinstance(value, bool),
-        "number": lambda _, value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
+        "number": lambda _, value: (
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        ),
     }
 )
 _Validator = validators.extend(Draft202012Validator, type_checker=_TYPES)
@@ -56,7 +58,7 @@ def problems_in(root: Node, file: str) -> list[Problem]:
     return sorted(set(problems), key=lambda problem: (problem.origin.file, problem.origin.line, problem.origin.column))
 
 
-def _schema_problems(error: ValidationError, root: Node) -> list[Problem]:
+def _schema_problems(error: Any, root: Node) -> list[Problem]:
     path = list(error.absolute_path)
     if error.validator == "additionalProperties":
         parent = root.find(path)
@@ -106,7 +108,7 @@ _LIMITS = {
 }
 
 
-def _expectation(error: ValidationError) -> tuple[str, str]:
+def _expectation(error: Any) -> tuple[str, str]:
     """(message, hint) for a value that the schema does not allow."""
     found = _found(error.instance)
     if error.validator in _LIMITS:
@@ -114,11 +116,17 @@ def _expectation(error: ValidationError) -> tuple[str, str]:
     if error.validator == "enum":
         choices = [_shown(choice) for choice in error.validator_value]
         near = get_close_matches(str(error.instance), [str(choice) for choice in error.validator_value], n=1)
-        return f"must be one of {', '.join(choices)}; found {found}", f"did you mean `{near[0]}`?" if near else ""
+        return (
+            f"must be one of {', '.join(choices)}; found {found}",
+            f"did you mean `{near[0]}`?" if near else "",
+        )
     if error.validator == "type":
         return f"must be {_type_names(error.schema)}, found {found}", _type_hint(error.instance)
     if error.validator == "anyOf":
-        return f"must be {' or '.join(_type_names(member) for member in error.validator_value)}, found {found}", ""
+        return (
+            f"must be {' or '.join(_type_names(member) for member in error.validator_value)}, found {found}",
+            "",
+        )
     if error.validator == "minLength":
         return "must not be empty", ""
     return f"is not allowed here: {error.message}", ""
@@ -159,7 +167,11 @@ def _type_hint(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    return {True: "true", False: "false", None: "null"}.get(value, str(value)) if value is None or isinstance(value, bool) else str(value)
+    return (
+        {True: "true", False: "false", None: "null"}.get(value, str(value))
+        if value is None or isinstance(value, bool)
+        else str(value)
+    )
 
 
 def _secret_problems(root: Node) -> list[Problem]:
@@ -167,9 +179,19 @@ def _secret_problems(root: Node) -> list[Problem]:
     message = "looks like a secret, which a recipe must not hold (its value is not shown here)"
     hint = "remove it, revoke it if the file was shared, and run `hf auth login` or set HF_TOKEN"
     return [
-        Problem(Origin(node.key.file.split(" (")[0], node.key.line, node.key.column), key, message, hint, EXIT_REFUSED)
+        Problem(
+            Origin(node.key.file.split(" (")[0], node.key.line, node.key.column),
+            key,
+            message,
+            hint,
+            EXIT_REFUSED,
+        )
         for key, node in root.leaves()
-        if (isinstance(node.value, str) and (SECRET_VALUE.search(node.value) or SECRET_NAME.search(key.rpartition(".")[2])) and key.rpartition(".")[2] not in ("eos_token", "pad_token"))
+        if (
+            isinstance(node.value, str)
+            and (SECRET_VALUE.search(node.value) or SECRET_NAME.search(key.rpartition(".")[2]))
+            and key.rpartition(".")[2] not in ("eos_token", "pad_token")
+        )
     ]
 
 

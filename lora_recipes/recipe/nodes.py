@@ -1,7 +1,7 @@
 """YAML text becomes plain values that remember their file, line and column. The only room that knows YAML."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -38,9 +38,8 @@ class Node:
         """The deepest node on `path` that exists."""
         node = self
         for step in path:
-            if isinstance(node.value, dict) and step in node.value:
-                node = node.value[step]
-            elif isinstance(node.value, list) and isinstance(step, int) and step < len(node.value):
+            known = isinstance(node.value, dict) and step in node.value
+            if known or (isinstance(node.value, list) and isinstance(step, int) and step < len(node.value)):
                 node = node.value[step]
             else:
                 break
@@ -76,11 +75,13 @@ _CoreSchemaLoader.add_implicit_resolver(
 )
 _CoreSchemaLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^([-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    re.compile(
+        r"^([-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
     list("-+0123456789."),
 )
 
-_SCALARS = {
+_SCALARS: dict[str, Callable[[str], Any]] = {
     "tag:yaml.org,2002:null": lambda text: None,
     "tag:yaml.org,2002:bool": lambda text: text.lower() == "true",
     "tag:yaml.org,2002:int": int,
@@ -197,7 +198,7 @@ def _at(node: Node, origin: Origin) -> Node:
     return Node(value, origin, origin)
 
 
-def _origin(mark: yaml.Mark, file: str) -> Origin:
+def _origin(mark: Any, file: str) -> Origin:
     return Origin(file, mark.line + 1, mark.column + 1)
 
 

@@ -21,7 +21,8 @@ _NAME = {"type": "string", "minLength": 1}
 # The keys no upstream class owns. Few on purpose: a key here is a thing the libraries do not have.
 OWN_KEYS: dict[str, dict[str, dict[str, Any]]] = {
     "dataset": {
-        "eval_split": {"type": ["string", "null"], "minLength": 1} | {"description": "Split of the same source that is held out: evaluation loss and the score of `generate`."},
+        "eval_split": {"type": ["string", "null"], "minLength": 1}
+        | {"description": "Split of the same source that is held out: evaluation loss and the score of `generate`."},
     },
     "generation": {
         "prompts": {
@@ -29,7 +30,11 @@ OWN_KEYS: dict[str, dict[str, dict[str, Any]]] = {
             "items": _NAME,
             "description": "Questions that `generate` and the parity proof of `merge` ask, beside the held-out rows.",
         },
-        "batch_size": {"type": "integer", "minimum": 1, "description": "Prompts answered at a time. Unset: 16."},
+        "batch_size": {
+            "type": "integer",
+            "minimum": 1,
+            "description": "Prompts answered at a time. Unset: 16.",
+        },
         "max_rows": {
             "type": ["integer", "null"],
             "minimum": 0,
@@ -37,7 +42,10 @@ OWN_KEYS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "merge": {
-        "dtype": _DTYPE | {"description": "Type the base is loaded in, merged in and saved in. Unset: `model.dtype`, or the checkpoint's own."},
+        "dtype": _DTYPE
+        | {
+            "description": "Type the base is loaded in, merged in and saved in. Unset: `model.dtype`, or the checkpoint's own."
+        },
         "base": {
             "enum": ["original", "dequantized"],
             "description": "For an adapter trained on 4-bit weights: merge into the original weights (default), or into "
@@ -48,15 +56,25 @@ OWN_KEYS: dict[str, dict[str, dict[str, Any]]] = {
 
 # from_pretrained takes these through **kwargs, so a signature does not show them.
 MODEL_KEYWORDS: dict[str, dict[str, Any]] = {
-    "pretrained_model_name_or_path": _NAME | {
+    "pretrained_model_name_or_path": _NAME
+    | {
         "description": "A hub id, a local folder, or `package:NAME` for weights that an installed Python package carries."
     },
     "revision": _NAME | {"description": "Branch, tag or commit of a hub id; pin a commit to repeat a run exactly."},
-    "dtype": {"enum": ["auto", "float32", "float16", "bfloat16"], "description": "Type the weights are loaded in. Unset: the checkpoint's own."},
+    "dtype": {
+        "enum": ["auto", "float32", "float16", "bfloat16"],
+        "description": "Type the weights are loaded in. Unset: the checkpoint's own.",
+    },
     "attn_implementation": _NAME | {"description": "`sdpa`, `eager`, `flash_attention_2`, ..."},
-    "device_map": {"type": ["string", "object"], "description": "Where the parts of the model go: `auto`, or module name to device."},
+    "device_map": {
+        "type": ["string", "object"],
+        "description": "Where the parts of the model go: `auto`, or module name to device.",
+    },
     "max_memory": {"type": "object", "description": "Bytes that `device_map: auto` may use on each device."},
-    "trust_remote_code": {"type": "boolean", "description": "Run code that the model's repository ships. Needs `revision` pinned to a commit."},
+    "trust_remote_code": {
+        "type": "boolean",
+        "description": "Run code that the model's repository ships. Needs `revision` pinned to a commit.",
+    },
     "subfolder": {"type": "string", "description": "Folder inside the repository that holds the weights."},
     "variant": _NAME | {"description": "Variant of the weight files, such as `fp16`."},
     "cache_dir": _NAME | {"description": "Where downloads are kept. Unset: the Hugging Face cache."},
@@ -64,7 +82,10 @@ MODEL_KEYWORDS: dict[str, dict[str, Any]] = {
     "use_safetensors": {"type": "boolean", "description": "Refuse weights that are not safetensors."},
 }
 SAVE_KEYWORDS: dict[str, dict[str, Any]] = {
-    "max_shard_size": {"type": ["string", "integer"], "description": "Largest weight file, such as `5GB`. Unset: 50GB."},
+    "max_shard_size": {
+        "type": ["string", "integer"],
+        "description": "Largest weight file, such as `5GB`. Unset: 50GB.",
+    },
 }
 
 _COMPUTE_DTYPE = {"enum": ["float32", "float16", "bfloat16"]}
@@ -81,7 +102,19 @@ TYPES: dict[str, dict[str, dict[str, Any]]] = {
         "init_lora_weights": {
             "anyOf": [
                 {"type": "boolean"},
-                {"enum": ["gaussian", "olora", "pissa", "orthogonal", "mica", "eva", "corda", "lora_ga", "loftq"]},
+                {
+                    "enum": [
+                        "gaussian",
+                        "olora",
+                        "pissa",
+                        "orthogonal",
+                        "mica",
+                        "eva",
+                        "corda",
+                        "lora_ga",
+                        "loftq",
+                    ]
+                },
                 {"type": "string", "pattern": "^pissa_niter_[0-9]+$"},
             ]
         },
@@ -107,7 +140,7 @@ POSITIVE = {"exclusiveMinimum": 0}
 AT_LEAST_ONE = {"minimum": 1}
 NOT_NEGATIVE = {"minimum": 0}
 SHARE = {"minimum": 0, "exclusiveMaximum": 1}
-BOUNDS: dict[str, dict[str, dict[str, float]]] = {
+BOUNDS: dict[str, dict[str, Any]] = {
     "lora": {
         "r": {"minimum": 1, "maximum": 1024},
         "lora_alpha": AT_LEAST_ONE,
@@ -237,16 +270,26 @@ REFUSED: dict[str, dict[str, str]] = {
     },
     "generation": {
         **dict.fromkeys(
-            ["output_attentions", "output_hidden_states", "output_logits", "output_scores", "return_dict_in_generate"],
+            [
+                "output_attentions",
+                "output_hidden_states",
+                "output_logits",
+                "output_scores",
+                "return_dict_in_generate",
+            ],
             "asks for tensors that `generate` does not keep; it keeps texts",
         ),
         **dict.fromkeys(
-            ["assistant_confidence_threshold", "assistant_ensemble_weight", "is_assistant", "num_assistant_tokens"]
-            + ["num_assistant_tokens_schedule", "max_matching_ngram_size", "prompt_lookup_num_tokens", "speculation_type"],
+            ["assistant_confidence_threshold", "assistant_ensemble_weight", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "max_matching_ngram_size", "prompt_lookup_num_tokens", "speculation_type"],
             "belongs to speculative decoding with a second model",
         ),
         **dict.fromkeys(
-            ["decoder_start_token_id", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "token_healing"],
+            [
+                "decoder_start_token_id",
+                "encoder_no_repeat_ngram_size",
+                "encoder_repetition_penalty",
+                "token_healing",
+            ],
             "is not for decoder-only models answering chat prompts",
         ),
         "num_return_sequences": "is always 1: one answer a prompt is scored",

@@ -33,12 +33,21 @@ class RecordCallback(TrainerCallback):
         self.run_dir = run_dir
         self.started = time.monotonic()
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.started = time.monotonic()
         if state.is_world_process_zero:
             write_status(self.run_dir, state="running", step=state.global_step, max_steps=state.max_steps)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         logs = logs or {}
         if state.is_world_process_zero:
             line = {"step": state.global_step, "seconds": round(time.monotonic() - self.started, 2), **logs}
@@ -54,23 +63,47 @@ class RecordCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            write_status(self.run_dir, last_good_checkpoint=str(self.run_dir.checkpoints / f"checkpoint-{state.global_step}"))
+            write_status(
+                self.run_dir,
+                last_good_checkpoint=str(self.run_dir.checkpoints / f"checkpoint-{state.global_step}"),
+            )
 
 
-def write_manifest(run_dir: RunDir, recipe: Recipe, source: Source, template: str | None, data: dict[str, str], choices: Choices, seed: int) -> None:
+def write_manifest(
+    run_dir: RunDir,
+    recipe: Recipe,
+    source: Source,
+    template: str | None,
+    data: dict[str, str],
+    choices: Choices,
+    seed: int,
+) -> None:
     """manifest.json: what it takes to repeat this run. No environment variables, so no secrets."""
     resolved = json.dumps(recipe.plain(), sort_keys=True)
     write_json(
         run_dir.manifest,
         {
             "recipe": {"file": str(recipe.path), "sha256": _sha256(resolved)},
-            "base": {"source": source.kind, "name": source.named, "revision": recipe.get("model.revision"), "sha256": source.sha256},
+            "base": {
+                "source": source.kind,
+                "name": source.named,
+                "revision": recipe.get("model.revision"),
+                "sha256": source.sha256,
+            },
             "data": data,
             "chat_template_sha256": _sha256(template) if template else None,
             "seed": seed,
             "chosen": {choice.what: choice.value for choice in choices.made},
-            "versions": {"lora-recipes": __version__, "python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-            "machine": {"system": platform.system(), "processor": platform.machine(), "device": choices.device},
+            "versions": {
+                "lora-recipes": __version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in LIBRARIES},
+            },
+            "machine": {
+                "system": platform.system(),
+                "processor": platform.machine(),
+                "device": choices.device,
+            },
             "argv": sys.argv,
         },
     )

@@ -1,7 +1,6 @@
 """A whole training run: everything cheap is checked first, then weights are loaded, trained and published."""
 
 import json
-import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,18 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lora_recipes import console
-from lora_recipes.data import TokenizedData, read_data, tokenize
+from lora_recipes.data import read_data, tokenize
 from lora_recipes.data.read import local_files
-from lora_recipes.errors import DataError, MachineError, RefusedError, RunError
+from lora_recipes.errors import DataError, MachineError, RefusedError
 from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer, model_config
-from lora_recipes.model.machine import Choices, choose
+from lora_recipes.model.machine import Choices
 from lora_recipes.model.package import file_sha256
-from lora_recipes.model.source import Source, locate, materialise
+from lora_recipes.model.source import Source, materialise
 from lora_recipes.model.targets import Targets, find_targets
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir, published, staging_of, write_json, write_text
+from lora_recipes.train.describe import describe
+from lora_recipes.train.preflight import Ready
 from lora_recipes.train.record import RecordCallback, write_manifest, write_status
 from lora_recipes.train.trainer import RecipeTrainer, build_trainer
 
@@ -27,20 +28,18 @@ from lora_recipes.train.trainer import RecipeTrainer, build_trainer
 CPU_PARAMETERS = 1_500_000_000
 
 
-def train(recipe: Recipe, *, resume: bool) -> None:
+def train(recipe: Recipe, ready: Ready, *, resume: bool) -> None:
     """Train the recipe's adapter and publish it as `outputs/<name>/adapter`.
+
+    Args:
+        ready: what `preflight` found on this machine.
 
     Raises:
         LoraRecipesError: anything a user can act on; before weights are loaded wherever that is possible.
     """
-    run_dir = RunDir.of(recipe.name)
-    if _already_complete(run_dir, recipe, resume):
-        return
-    choices = choose(recipe)
-    source = locate(recipe)
-    run_dir.require_writable()
+    run_dir, choices = RunDir.of(recipe.name), ready.choices
     raw = read_data(recipe)
-    source = materialise(source)
+    source = materialise(ready.source)
     tokenizer = load_tokenizer(recipe, source)
     config = model_config(recipe, source)
     targets = find_targets(recipe, config)
@@ -52,27 +51,14 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     trainer = build_trainer(recipe, run_dir, choices, base, tokenizer, data, [RecordCallback(run_dir)])
     if len(trainer.train_dataset) == 0:
         longest = f"within training.max_length ({trainer.args.max_length} tokens)"
-        raise DataError(f"{recipe.where('training.max_length')}: no row has a trained token {longest}; nothing to learn")
+        raise DataError(
+            f"{recipe.where('training.max_length')}: no row has a trained token {longest}; nothing to learn"
+        )
     if trainer.is_world_process_zero():
-        _describe(recipe, choices, trainer, data, tokenizer)
+        describe(choices, trainer, data, tokenizer)
         _open_run(recipe, run_dir, source, choices, trainer, tokenizer)
     _run(trainer, run_dir, resume)
     _publish(trainer, run_dir, recipe)
-
-
-def _already_complete(run_dir: RunDir, recipe: Recipe, resume: bool) -> bool:
-    """A finished run trains no more steps; a run folder in use is never overwritten."""
-    if run_dir.adapter.is_dir():
-        if resume:
-            console.say(f"{run_dir.root} is complete: 0 steps to train. Next: lora-recipes generate {recipe.path}")
-            return True
-        raise RunError(
-            f"{run_dir.adapter} exists: this recipe is trained. Nothing was changed. To train again, copy the recipe "
-            f"(lora-recipes new {recipe.path} NAME) or move {run_dir.root} away"
-        )
-    if run_dir.checkpoints.is_dir() and any(run_dir.checkpoints.iterdir()) and not resume:
-        raise RunError(f"{run_dir.checkpoints} holds an unfinished run; add --resume to go on, or move {run_dir.root} away")
-    return False
 
 
 def _require_small_on_cpu(recipe: Recipe, choices: Choices, targets: Targets) -> None:
@@ -84,39 +70,21 @@ def _require_small_on_cpu(recipe: Recipe, choices: Choices, targets: Targets) ->
         )
 
 
-def _describe(recipe: Recipe, choices: Choices, trainer: RecipeTrainer, data: TokenizedData, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Everything that decides what is learnt, with its arithmetic, before the first step."""
-    args = trainer.args
-    trainable, total = trainer.model.get_nb_trainable_parameters()
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    rows, lengths = trainer.train_dataset, [len(row) for row in data.train["input_ids"]]
-    tokens = sum(len(row) for row in rows["input_ids"])
-    trained = sum(label != -100 for row in rows["labels"] for label in row)
-    cut = 0 if args.max_length is None or args.packing else sum(length > args.max_length for length in lengths)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(len(rows) / batch))
-    console.facts("What this machine made of the recipe", [(choice.what, f"{choice.value}  ({choice.why})") for choice in choices.made])
-    console.facts(
-        "What will be trained",
-        [
-            ("parameters", f"{trainable:,} trainable of {total:,} ({100 * trainable / total:.4f} %)"),
-            ("rows", f"{len(rows):,} ({len(data.train) - len(rows):,} of {len(data.train):,} dropped or packed, {cut:,} cut at {args.max_length} tokens)"),
-            ("tokens", f"{tokens:,} an epoch, {trained:,} with loss ({100 * trained / max(tokens, 1):.1f} %)"),
-            (
-                "effective batch",
-                f"{batch} rows = {args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} accumulation x {args.world_size} processes",
-            ),
-            ("tokens a step", f"about {batch * tokens / max(len(rows), 1):,.0f}"),
-            ("steps", f"{steps:,}"),
-        ],
-    )
-    first = data.train[0]
-    pieces = [tokenizer.decode([token]) for token in first["input_ids"]]
-    console.trained_tokens((piece, label != -100) for piece, label in zip(pieces, first["labels"], strict=True))
-
-
-def _open_run(recipe: Recipe, run_dir: RunDir, source: Source, choices: Choices, trainer: RecipeTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
+def _open_run(
+    recipe: Recipe,
+    run_dir: RunDir,
+    source: Source,
+    choices: Choices,
+    trainer: RecipeTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     write_text(run_dir.recipe, json.dumps(recipe.plain(), indent=2, ensure_ascii=False) + "\n")
-    files = [file for split in ("split", "eval_split") if recipe.get(f"dataset.{split}") for file in local_files(recipe, recipe.get(f"dataset.{split}"))]
+    files = [
+        file
+        for split in ("split", "eval_split")
+        if recipe.get(f"dataset.{split}")
+        for file in local_files(recipe, recipe.get(f"dataset.{split}"))
+    ]
     hashes = {str(file): file_sha256(file) for file in files}
     write_manifest(run_dir, recipe, source, tokenizer.chat_template, hashes, choices, trainer.args.seed)
     write_status(run_dir, state="running", exit_code=None, reason="training", last_good_checkpoint=None)
@@ -172,7 +140,12 @@ def _tidy(folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)
     config = folder / "adapter_config.json"
     values = json.loads(config.read_text(encoding="utf-8"))
-    for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):  # PEFT keeps sets
+    for key in (
+        "target_modules",
+        "exclude_modules",
+        "modules_to_save",
+        "target_parameters",
+    ):  # PEFT keeps sets
         if isinstance(values.get(key), list):
             values[key] = sorted(values[key])
     write_json(config, values)

