@@ -157,9 +157,7 @@ def literal_runs(phrasing: str) -> set[tuple[str, ...]]:
     """All runs of words in a phrasing that are one longer than may be shared; placeholders break a run."""
     length = SHARED_WORDS_ALLOWED + 1
     pieces = [words_of(piece) for piece in re.split(r"\{\w+\}", phrasing)]
-    return {
-        tuple(words[start : start + length]) for words in pieces for start in range(len(words) - length + 1)
-    }
+    return {tuple(words[start : start + length]) for words in pieces for start in range(len(words) - length + 1)}
 
 
 def normal(phrasing: str) -> str:
@@ -196,9 +194,7 @@ def value_problems(train: list[dict], heldout: list[dict]) -> list[str]:
     training_text = "\n".join(m["content"] for row in train for m in row["messages"]).lower()
     values = {value for values in load_values("heldout").values() for value in values}
     found = [f"held-out value {v!r} occurs in training" for v in values if contains(training_text, v)]
-    both = {row["messages"][1]["content"] for row in train} & {
-        row["messages"][1]["content"] for row in heldout
-    }
+    both = {row["messages"][1]["content"] for row in train} & {row["messages"][1]["content"] for row in heldout}
     return sorted(found) + [f"message in both splits: {text!r}" for text in sorted(both)]
 
 

@@ -145,7 +145,8 @@ def train(args: argparse.Namespace) -> int:
     command += [flag for flag, given in (("--resume", args.resume), ("--debug", args.debug)) if given]
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "exit_code"
-        ended = subprocess.run(command, check=False, env=os.environ | {EXIT_CODE_FILE: str(told)})
+        environment = os.environ | {EXIT_CODE_FILE: str(told)}
+        ended = subprocess.run(command, check=False, env=environment, stdout=sys.stderr)
         exit_code = int(told.read_text(encoding="utf-8")) if told.is_file() else ended.returncode
     _emit(args, read_json(RunDir.of(recipe.name).status) | {"exit_code": exit_code})
     return exit_code

@@ -1,0 +1,121 @@
+"""Fixtures: a tiny Llama with its own tokenizer, and recipes on it, all made by code."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from lora_recipes import process
+
+process.prepare()
+
+ROOT = Path(__file__).parent.parent
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 2-layer Llama with random weights and a byte-level tokenizer trained on the demo data."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    lines = (ROOT / "data" / "orders" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    raw.train_from_iterator(lines, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|im_end|>", bos_token="<|im_start|>", unk_token="<|endoftext|>"
+    )
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            eos_token_id=2,
+            bos_token_id=1,
+            pad_token_id=0,
+            tie_word_embeddings=True,
+        )
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """24 training rows and 6 held-out rows of the demo data."""
+    folder = tmp_path_factory.mktemp("tiny_data")
+    paths = {}
+    for name, source, count in (("train", "train", 24), ("heldout", "heldout", 6)):
+        lines = (ROOT / "data" / "orders" / f"{source}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        path = folder / f"{name}.jsonl"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        paths[name] = str(path)
+    return paths
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder: `outputs/` of a test lands there."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def write_recipe(tiny_model: Path, tiny_data: dict[str, str], workdir: Path) -> Callable[..., Path]:
+    """Writes a recipe on the tiny model; keyword arguments are merged into its sections, None drops a section."""
+
+    def write(name: str = "tiny", **changes: dict[str, Any] | None) -> Path:
+        sections: dict[str, Any] = {
+            "model": {"pretrained_model_name_or_path": str(tiny_model)},
+            "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+            "dataset": {"path": "json", "data_files": tiny_data, "split": "train", "eval_split": "heldout"},
+            "training": {
+                "max_length": 128,
+                "max_steps": 3,
+                "per_device_train_batch_size": 4,
+                "learning_rate": 1e-2,
+                "logging_steps": 1,
+                "activation_checkpointing": False,
+                "assistant_only_loss": True,
+                "bf16": True,
+                "save_strategy": "no",
+                "disable_tqdm": True,
+            },
+            "generation": {"max_new_tokens": 8},
+            "merge": {"dtype": "float32"},
+        }
+        for section, keys in changes.items():
+            if keys is None:
+                sections.pop(section, None)
+            else:
+                sections[section] = sections.get(section, {}) | keys
+        path = workdir / f"{name}.yaml"
+        path.write_text(json.dumps(sections, indent=1, ensure_ascii=False), encoding="utf-8")  # JSON is YAML
+        return path
+
+    return write
+
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
