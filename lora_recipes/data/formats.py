@@ -95,8 +95,9 @@ def turns(text: str) -> list[tuple[str, str]]:
     """("Human" or "Assistant", what was said, with its white space) for each turn; text before the first is ("", …)."""
     marks = list(SPEAKER.finditer(text))
     found = [("", text[: marks[0].start()])] if marks and marks[0].start() else []
-    for mark, following in zip(marks, [*marks[1:], None], strict=True):
-        found.append((mark.group(1), text[mark.end() : following.start() if following else len(text)]))
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    for mark, end in zip(marks, ends, strict=False):  # without marks there is one end too many
+        found.append((mark.group(1), text[mark.end() : end]))
     return found
 
 

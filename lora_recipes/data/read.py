@@ -38,8 +38,12 @@ def read_data(recipe: Recipe) -> RawData:
     text_field = recipe.get("training.dataset_text_field", "text")
     form = recognise(train.column_names, text_field, recipe.where("dataset.data_files"))
     for split, rows in ((recipe.get("dataset.split"), train), (heldout_split, heldout)):
-        if rows is not None:
+        if rows is None:
+            continue
+        try:
             _check_rows(rows, form, text_field, recipe, split)
+        except UnicodeDecodeError as error:  # the reader takes any bytes; they fail when a row is looked at
+            raise DataError(_broken_file(local_files(recipe, split), error)) from None
     return RawData(train, heldout, form)
 
 

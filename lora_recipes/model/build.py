@@ -102,7 +102,8 @@ def load_base(
     if dtype is not None:
         keywords["dtype"] = dtype
     if choices.device == "cpu":
-        keywords.pop("device_map", None)  # one device; a map would only move weights through hooks
+        keywords.pop("device_map", None)  # one device; `choose` has said so
+        keywords.pop("max_memory", None)
     else:
         keywords.setdefault("device_map", {"": PartialState().local_process_index})
     config = quantization_config(choices.quantization) if quantized else None

@@ -93,6 +93,8 @@ def _choose_for_cpu(recipe: Recipe, choices: Choices) -> None:
     for key in ("activation_offloading", "tf32"):
         if training.get(key):
             raise MachineError(f"{recipe.where(f'training.{key}')}: `{key}` needs a GPU; set training.{key}=false")
+    if recipe.get("model.device_map") is not None:
+        choices.made.append(Choice("device_map", "not used", "the CPU is one device"))
     training.setdefault("dataloader_pin_memory", False)
 
 

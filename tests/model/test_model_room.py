@@ -1,0 +1,132 @@
+"""Targets are all hit or the run is refused; sources are found or it is said what is missing; machines choose aloud."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from lora_recipes.errors import MachineError, RecipeError, RefusedError
+from lora_recipes.model import machine
+from lora_recipes.model.build import model_config
+from lora_recipes.model.machine import choose
+from lora_recipes.model.source import locate, materialise
+from lora_recipes.model.targets import find_targets
+from lora_recipes.recipe import load_recipe
+from tests.conftest import NF4, ROOT
+
+
+def targets_of(path: Path):
+    recipe = load_recipe(path)
+    return find_targets(recipe, model_config(recipe, locate(recipe)))
+
+
+def test_the_tutorials_llama_trains_8388608_parameters_which_is_an_eighth_of_a_percent():
+    recipe = load_recipe(ROOT / "recipes" / "llama2-7b-qlora.yaml")
+    targets = find_targets(recipe, LlamaConfig())  # the class's own defaults are Llama-2-7B's sizes
+    assert (targets.trainable, targets.total) == (8_388_608, 6_746_804_224)
+    assert round(targets.percent, 4) == 0.1243
+    assert targets.hits == {"q_proj": 32, "v_proj": 32}
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        ({"target_modules": ["q_prj"]}, "'q_prj' matches no module.*did you mean 'q_proj'.*down_proj, gate_proj"),
+        ({"target_modules": ["q_proj", "v_prjo"]}, "'v_prjo' matches no module.*did you mean 'v_proj'"),
+        ({"target_modules": "nothing.*"}, "cannot be applied"),
+        ({"target_modules": ["act_fn"]}, "cannot be applied"),
+        ({"exclude_modules": ["o_prj"]}, "'o_prj' matches no module"),
+        ({"modules_to_save": ["embed_token"]}, "did you mean 'embed_tokens'"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "matches no module"),
+        ({"rank_pattern": {"q_prj": 2}}, "`rank_pattern`: 'q_prj' matches none"),
+        ({"alpha_pattern": {"x": 2}}, "`alpha_pattern`: 'x' matches none"),
+    ],
+)
+def test_a_name_that_matches_nothing_is_refused_with_the_real_names(write_recipe: Callable[..., Path], lora: dict, said: str):
+    with pytest.raises(RecipeError, match=r"(?s)tiny\.yaml:\d+: .*" + said):
+        targets_of(write_recipe(lora=lora))
+
+
+def test_all_linear_hits_each_linear_layer_but_the_head(write_recipe: Callable[..., Path]):
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert targets_of(write_recipe()).hits == dict.fromkeys(names, 2)
+
+
+def test_an_adapter_as_a_model_is_refused(write_recipe: Callable[..., Path], tiny_model: Path, workdir: Path):
+    (workdir / "a").mkdir()
+    (workdir / "a" / "adapter_config.json").write_text("{}")
+    with pytest.raises(RefusedError, match="is an adapter"):
+        locate(load_recipe(write_recipe(model={"pretrained_model_name_or_path": "a"})))
+
+
+@pytest.mark.parametrize(
+    ("named", "error", "said"),
+    [
+        ("package:no_such_package", MachineError, "is not installed; pip install no-such-package"),
+        ("package:yaml", MachineError, "holds 0 GGUF files"),
+        ("./nowhere", RecipeError, "no folder"),
+        ("just-a-name", RecipeError, "not a hub id"),
+        ("a--b/c..d", RecipeError, "not a hub id"),
+        ("owner/model", MachineError, "no GPU is visible"),
+    ],
+)
+def test_a_model_that_is_not_there_says_what_helps(write_recipe: Callable[..., Path], named: str, error: type, said: str):
+    with pytest.raises(error, match=said):
+        locate(load_recipe(write_recipe(model={"pretrained_model_name_or_path": named})))
+
+
+def test_a_folder_without_config_is_no_model(write_recipe: Callable[..., Path], workdir: Path):
+    (workdir / "e").mkdir()
+    with pytest.raises(RecipeError, match=r"no config\.json"):
+        locate(load_recipe(write_recipe(model={"pretrained_model_name_or_path": "e"})))
+
+
+def test_without_a_gpu_every_fallback_is_said(write_recipe: Callable[..., Path]):
+    recipe = load_recipe(write_recipe(quantization=NF4, training={"optim": "paged_adamw_32bit"}))
+    choices = choose(recipe)
+    assert {choice.what for choice in choices.made} == {"device", "dtype", "4-bit compute dtype", "optimizer"}
+    assert all(choice.why for choice in choices.made)
+    assert choices.training["bf16"] is False and choices.training["optim"] == "adamw_torch"
+    assert choices.quantization["bnb_4bit_compute_dtype"] == "float32"
+
+
+def test_a_user_who_chose_the_cpu_keeps_bf16(write_recipe: Callable[..., Path]):
+    choices = choose(load_recipe(write_recipe(training={"use_cpu": True, "bf16": True})))
+    assert choices.training["bf16"] is True
+
+
+@pytest.mark.parametrize("key", ["fp16", "tf32", "activation_offloading"])
+def test_what_a_cpu_cannot_do_is_refused(write_recipe: Callable[..., Path], key: str):
+    with pytest.raises(MachineError, match=rf"tiny\.yaml:\d+: .*{key}"):
+        choose(load_recipe(write_recipe(training={key: True, "bf16": False})))
+
+
+def test_every_paged_optimizer_has_a_fallback_that_the_schema_knows():
+    from lora_recipes.recipe.check import section_keys
+
+    choices = section_keys("training")["optim"]["enum"]
+    paged = {name for name in choices if name.startswith("paged_")}
+    assert paged == set(machine.UNPAGED) & paged and set(machine.UNPAGED.values()) <= set(choices)
+
+
+def test_the_launchers_single_thread_is_undone(write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
+    import os
+
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    try:
+        torch.set_num_threads(1)
+        choose(load_recipe(write_recipe()))
+        assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 * len(os.sched_getaffinity(0))))
+        choose(load_recipe(write_recipe()))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_folder_needs_no_unpacking(write_recipe: Callable[..., Path], tiny_model: Path):
+    source = locate(load_recipe(write_recipe()))
+    assert materialise(source) == source and source.location == str(tiny_model)
