@@ -159,6 +159,7 @@ def _union(members: list[dict[str, Any]]) -> dict[str, Any]:
     if any("enum" in member or member.get("type") == "object" for member in members):
         members = [member for member in members if member != {"type": "string"}]
     unique = [member for index, member in enumerate(members) if member not in members[:index]]
+    unique.sort(key=lambda member: json.dumps(member))  # typing's cache may hand out either order of a union
     if len(unique) == 1:
         return unique[0]
     if all("enum" in member or member == {"type": "null"} for member in unique):
