@@ -152,6 +152,19 @@ def train(args: argparse.Namespace) -> int:
     return exit_code
 
 
+def plan(args: argparse.Namespace) -> int:
+    """parameters it trains and the memory that takes for certain, before any weight is loaded"""
+    from lora_recipes import console
+    from lora_recipes.plan import plan as run
+
+    recipe = _recipe(args)
+    found = run(recipe)
+    _emit(args, found)
+    if not args.json:
+        console.plan(recipe.name, found)
+    return EXIT_DONE
+
+
 def generate(args: argparse.Namespace) -> int:
     """ask base, adapter and merged model the same questions, and score them"""
     from lora_recipes.generate import generate as run
@@ -183,5 +196,5 @@ def status(args: argparse.Namespace) -> int:
 
 
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
-    verb.__name__: verb for verb in (check, show, new, train, generate, merge, status)
+    verb.__name__: verb for verb in (check, show, new, plan, train, generate, merge, status)
 }

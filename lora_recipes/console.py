@@ -103,3 +103,21 @@ def status(name: str, found: dict[str, Any]) -> None:
     say("Next:", "bold")
     for command in found["next"]:
         say(f"  {command}")
+
+
+def plan(name: str, found: dict[str, Any]) -> None:
+    """What a recipe trains and what that needs for certain."""
+    gib = 2**30
+    parts = found["memory"]["parts"]
+    facts(
+        name,
+        [
+            (
+                "parameters",
+                f"{found['trainable']:,} trainable of {found['all']:,} ({found['trainable_percent']:.4f} %)",
+            ),
+            ("adapted", ", ".join(f"{count} x {module}" for module, count in found["hits"].items())),
+            *((part.replace("_", " "), f"{size / gib:.2f} GiB") for part, size in parts.items()),
+            ("at least", f"{found['memory']['low'] / gib:.2f} GiB, and activations and logits on top"),
+        ],
+    )

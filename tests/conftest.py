@@ -34,7 +34,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     lines = (ROOT / "data" / "orders" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     raw.train_from_iterator(lines, trainer)
     tokenizer = PreTrainedTokenizerFast(

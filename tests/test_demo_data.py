@@ -18,7 +18,9 @@ def answers(name: str) -> list[dict]:
 
 
 def test_the_files_are_what_the_generator_makes():
-    ended = subprocess.run([sys.executable, ROOT / "data" / "make_orders.py", "--check"], capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, ROOT / "data" / "make_orders.py", "--check"], capture_output=True, text=True
+    )
     assert ended.returncode == 0, ended.stderr
 
 

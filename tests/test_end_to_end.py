@@ -18,7 +18,9 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 def run(command: list[str | Path], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "PYTHONPATH")}
     env = inherited | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | environment
-    return subprocess.run([str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+    )
 
 
 def test_accelerate_launch_without_a_config_trains_on_all_cores(write_recipe: Callable[..., Path], workdir: Path):

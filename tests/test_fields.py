@@ -116,7 +116,9 @@ NOT_BUILT_HERE = ("tf32", "fp16", "fp16_full_eval", "bf16_full_eval", "ddp_backe
 SINGLE_CHOICE = ("truncation_mode",)  # the other choices are deprecated, so there is no second value
 
 
-@pytest.mark.parametrize("key", [key for key in section_keys("training") if key not in (*CONSUMED, *NOT_BUILT_HERE, *SINGLE_CHOICE)])
+@pytest.mark.parametrize(
+    "key", [key for key in section_keys("training") if key not in (*CONSUMED, *NOT_BUILT_HERE, *SINGLE_CHOICE)]
+)
 def test_training_key_reaches_the_sft_config(key: str, workdir: Path):
     from trl import SFTConfig
 
@@ -233,7 +235,14 @@ def test_hub_keys_reach_from_pretrained(write_recipe: Callable[..., Path], monke
 
 
 def test_every_model_key_is_tested_here():
-    tested = {"pretrained_model_name_or_path", "dtype", "attn_implementation", "variant", "subfolder", "use_safetensors"}
+    tested = {
+        "pretrained_model_name_or_path",
+        "dtype",
+        "attn_implementation",
+        "variant",
+        "subfolder",
+        "use_safetensors",
+    }
     tested |= {"device_map", "max_memory", "revision", "trust_remote_code", "local_files_only", "cache_dir"}
     assert set(section_keys("model")) == tested
 

@@ -60,7 +60,9 @@ def test_merged_logits_equal_adapter_logits_and_differ_from_the_base(
     assert (merged_logits(run_dir) - base).abs().max() > 1e-2
 
 
-def test_a_qlora_adapter_merges_into_the_dequantized_base_as_the_function_that_was_trained(write_recipe: Callable[..., Path]):
+def test_a_qlora_adapter_merges_into_the_dequantized_base_as_the_function_that_was_trained(
+    write_recipe: Callable[..., Path],
+):
     path = write_recipe(quantization=NF4, merge={"dtype": "float32", "base": "dequantized"})
     run_dir = trained(path)
     report = merge(load_recipe(path))
@@ -91,7 +93,9 @@ def test_merge_after_generate_is_the_same_as_merge_alone_for_4bit(write_recipe: 
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_16_bit_merge_is_saved_in_that_type_and_passes_its_own_tolerance(write_recipe: Callable[..., Path], dtype: str):
+def test_a_16_bit_merge_is_saved_in_that_type_and_passes_its_own_tolerance(
+    write_recipe: Callable[..., Path], dtype: str
+):
     path = write_recipe(merge={"dtype": dtype, "max_shard_size": "20KB"})
     run_dir = trained(path)
     assert merge(load_recipe(path))["passed"]
@@ -125,7 +129,9 @@ def test_merge_twice_leaves_the_first_as_it_was(write_recipe: Callable[..., Path
     assert stamps == {file: file.stat().st_mtime_ns for file in run_dir.merged.iterdir()}
 
 
-def test_merge_and_generate_before_train_name_the_training_command(write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture):
+def test_merge_and_generate_before_train_name_the_training_command(
+    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture
+):
     path = write_recipe()
     for verb in ("merge", "generate"):
         assert main([verb, str(path)]) == 2
@@ -143,7 +149,9 @@ def test_a_nan_adapter_is_never_merged(write_recipe: Callable[..., Path]):
     assert not run_dir.merged.exists()
 
 
-def test_a_base_that_is_quantized_on_disk_is_refused(write_recipe: Callable[..., Path], tiny_model: Path, workdir: Path):
+def test_a_base_that_is_quantized_on_disk_is_refused(
+    write_recipe: Callable[..., Path], tiny_model: Path, workdir: Path
+):
     quantized = workdir / "quantized"
     shutil.copytree(tiny_model, quantized)
     path = write_recipe(model={"pretrained_model_name_or_path": str(quantized)})
@@ -170,7 +178,9 @@ def test_a_merge_that_does_not_answer_like_the_adapter_is_not_published(
     assert read_json(run_dir.parity)["passed"] is False
 
 
-def test_generate_asks_all_three_models_the_same_questions(write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture):
+def test_generate_asks_all_three_models_the_same_questions(
+    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture
+):
     path = write_recipe(generation={"max_new_tokens": 6, "prompts": ["two pens please"], "batch_size": 2})
     run_dir = trained(path)
     merge(load_recipe(path))
@@ -195,7 +205,9 @@ def test_batched_answers_are_the_answers_asked_one_by_one(write_recipe: Callable
     assert answers[0] == answers[1]
 
 
-def test_status_tells_what_is_proved_and_what_to_type_next(write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture):
+def test_status_tells_what_is_proved_and_what_to_type_next(
+    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture
+):
     path = write_recipe()
 
     def status() -> dict:

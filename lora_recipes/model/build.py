@@ -64,6 +64,12 @@ def model_config(recipe: Recipe, source: Source) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(source.location, **_hub_keywords(recipe))
 
 
+def meta_model(config: PreTrainedConfig, recipe: Recipe) -> PreTrainedModel:
+    """The model on the meta device: every module and shape, no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=bool(recipe.get("model.trust_remote_code")))
+
+
 def _hub_keywords(recipe: Recipe) -> dict[str, Any]:
     section = recipe.section("model")
     return {key: section[key] for key in _HUB_KEYS if key in section}

@@ -1,14 +1,16 @@
 """Finds what a recipe's LoRA would hit, on a model without weights, and refuses names that match nothing."""
 
+import re
+import warnings
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from lora_recipes.errors import RecipeError
-from lora_recipes.model.build import lora_config
+from lora_recipes.model.build import lora_config, meta_model
 from lora_recipes.recipe import Recipe
 
 
@@ -33,8 +35,7 @@ def find_targets(recipe: Recipe, config: PreTrainedConfig) -> Targets:
             `rank_pattern` or `alpha_pattern` that matches no module. One that matches beside one that does not is
             refused as well: PEFT would train half the adapter in silence.
     """
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, trust_remote_code=bool(recipe.get("model.trust_remote_code")))
+    base = meta_model(config, recipe)
     modules = dict(base.named_modules())
     parameters = [name for name, _ in base.named_parameters()]
     linear = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
@@ -70,7 +71,9 @@ def find_targets(recipe: Recipe, config: PreTrainedConfig) -> Targets:
 def _adapted(recipe: Recipe, base: torch.nn.Module, linear: set[str]) -> PeftModel:
     section = recipe.section("lora") | {"init_lora_weights": True}  # PiSSA and the like compute on real weights
     try:
-        return get_peft_model(base, lora_config(section))
+        with warnings.catch_warnings():  # PEFT warns of what `find_targets` turns into errors
+            warnings.simplefilter("ignore")
+            return get_peft_model(base, lora_config(section))
     except ValueError as error:  # PEFT's own words for a pattern or a layer kind that cannot be adapted
         where = recipe.where("lora.target_modules")
         raise RecipeError(
@@ -84,8 +87,6 @@ def _matches(name: str, known: list[str]) -> bool:
 
 
 def _pattern_matches(pattern: str, hit: list[str]) -> bool:
-    import re
-
     return any(re.match(rf"(.*\.)?({pattern})$", name) for name in hit)  # peft.utils.other.get_pattern_key
 
 

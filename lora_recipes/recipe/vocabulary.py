@@ -280,7 +280,16 @@ REFUSED: dict[str, dict[str, str]] = {
             "asks for tensors that `generate` does not keep; it keeps texts",
         ),
         **dict.fromkeys(
-            ["assistant_confidence_threshold", "assistant_ensemble_weight", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "max_matching_ngram_size", "prompt_lookup_num_tokens", "speculation_type"],
+            [
+                "assistant_confidence_threshold",
+                "assistant_ensemble_weight",
+                "is_assistant",
+                "num_assistant_tokens",
+                "num_assistant_tokens_schedule",
+                "max_matching_ngram_size",
+                "prompt_lookup_num_tokens",
+                "speculation_type",
+            ],
             "belongs to speculative decoding with a second model",
         ),
         **dict.fromkeys(

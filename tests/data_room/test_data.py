@@ -97,11 +97,13 @@ def test_a_missing_file_is_named_with_the_recipes_line(write_recipe: Callable[..
 
 
 def test_unknown_columns_are_named_with_the_formats_that_are_known(recipe_on: Callable[..., Recipe]):
-    with pytest.raises(DataError, match="`instruction`, `output`.*`messages`"):
+    with pytest.raises(DataError, match=r"`instruction`, `output`.*`messages`"):
         read_data(recipe_on([{"instruction": "a", "output": "b"}]))
 
 
-def test_an_empty_file_and_an_unknown_split_are_errors(recipe_on: Callable[..., Recipe], write_recipe: Callable[..., Path]):
+def test_an_empty_file_and_an_unknown_split_are_errors(
+    recipe_on: Callable[..., Recipe], write_recipe: Callable[..., Path]
+):
     with pytest.raises(DataError):
         read_data(recipe_on([]))
     with pytest.raises(DataError, match="split"):
@@ -138,7 +140,10 @@ def test_completion_only_loss_false_trains_on_the_prompt_too(recipe_on: Callable
 
 
 def test_completions_of_messages_leave_earlier_answers_out(recipe_on: Callable[..., Recipe]):
-    row = {"prompt": [*GOOD["messages"], {"role": "user", "content": "more"}], "completion": [{"role": "assistant", "content": "bye"}]}
+    row = {
+        "prompt": [*GOOD["messages"], {"role": "user", "content": "more"}],
+        "completion": [{"role": "assistant", "content": "bye"}],
+    }
     assert trained_text(recipe_on([row])) == "bye<|im_end|>"
 
 
@@ -167,7 +172,7 @@ def test_every_row_of_the_tutorial_file_learns_only_answers(write_recipe: Callab
     for index, text in enumerate(rows):
         said = trained_text(recipe, index)
         assert said.count("<|im_end|>") == text.count("Assistant:") and "Human:" not in said
-        assert said.rstrip("<|im_end|>") and said.replace("<|im_end|>", "")[:5] in text
+        assert said.replace("<|im_end|>", "")[:5] in text
 
 
 def write_template(workdir: Path, text: str) -> str:
@@ -176,13 +181,18 @@ def write_template(workdir: Path, text: str) -> str:
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(recipe_on: Callable[..., Recipe], workdir: Path):
-    template = write_template(workdir, "{{ messages | length }}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
+    template = write_template(
+        workdir, "{{ messages | length }}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    )
     with pytest.raises(DataError, match="train row 1: the chat template renders the conversation"):
         tokens_of(recipe_on([GOOD], chat_template_path=template))
 
 
 def test_a_template_whose_answers_never_end_is_refused(recipe_on: Callable[..., Recipe], workdir: Path):
-    template = write_template(workdir, "{% for m in messages %}{{ m.role + ':\n' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}")
+    template = write_template(
+        workdir,
+        "{% for m in messages %}{{ m.role + ':\n' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}",
+    )
     with pytest.raises(DataError, match="never learn to stop"):
         tokens_of(recipe_on([GOOD], chat_template_path=template))
 
@@ -199,13 +209,20 @@ def test_questions_are_the_rows_without_their_last_answer(write_recipe: Callable
     prompt, first, _ = questions(recipe, read_data(recipe), tokenizer)
     assert prompt.expected is None and first.expected.startswith("{")
     system = "<|im_start|>system\nOrder to JSON.<|im_end|>\n"
-    assert tokenizer.decode(prompt.input_ids) == f"{system}<|im_start|>user\nthree cups<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        tokenizer.decode(prompt.input_ids) == f"{system}<|im_start|>user\nthree cups<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert tokenizer.decode(first.input_ids).endswith(f"{first.text}<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_a_text_question_ends_where_the_assistant_begins(recipe_on: Callable[..., Recipe], write_recipe: Callable[..., Path], workdir: Path):
+def test_a_text_question_ends_where_the_assistant_begins(
+    recipe_on: Callable[..., Recipe], write_recipe: Callable[..., Path], workdir: Path
+):
     recipe_on([{"text": "Human: a\nAssistant: b\nHuman: c\nAssistant: d"}])
     dataset = {"data_files": {"train": "rows.jsonl", "heldout": "rows.jsonl"}}
     recipe = load_recipe(write_recipe(dataset=dataset, generation={"prompts": ["你好", "Human: x\nAssistant:"]}))
-    texts = [load_tokenizer(recipe, locate(recipe)).decode(q.input_ids) for q in questions(recipe, read_data(recipe), load_tokenizer(recipe, locate(recipe)))]
+    texts = [
+        load_tokenizer(recipe, locate(recipe)).decode(q.input_ids)
+        for q in questions(recipe, read_data(recipe), load_tokenizer(recipe, locate(recipe)))
+    ]
     assert texts == ["Human: 你好\nAssistant:", "Human: x\nAssistant:", "Human: a\nAssistant: b\nHuman: c\nAssistant:"]

@@ -44,7 +44,9 @@ def test_the_tutorials_llama_trains_8388608_parameters_which_is_an_eighth_of_a_p
         ({"alpha_pattern": {"x": 2}}, "`alpha_pattern`: 'x' matches none"),
     ],
 )
-def test_a_name_that_matches_nothing_is_refused_with_the_real_names(write_recipe: Callable[..., Path], lora: dict, said: str):
+def test_a_name_that_matches_nothing_is_refused_with_the_real_names(
+    write_recipe: Callable[..., Path], lora: dict, said: str
+):
     with pytest.raises(RecipeError, match=r"(?s)tiny\.yaml:\d+: .*" + said):
         targets_of(write_recipe(lora=lora))
 
@@ -72,7 +74,9 @@ def test_an_adapter_as_a_model_is_refused(write_recipe: Callable[..., Path], tin
         ("owner/model", MachineError, "no GPU is visible"),
     ],
 )
-def test_a_model_that_is_not_there_says_what_helps(write_recipe: Callable[..., Path], named: str, error: type, said: str):
+def test_a_model_that_is_not_there_says_what_helps(
+    write_recipe: Callable[..., Path], named: str, error: type, said: str
+):
     with pytest.raises(error, match=said):
         locate(load_recipe(write_recipe(model={"pretrained_model_name_or_path": named})))
 

@@ -154,7 +154,9 @@ def test_a_missing_parent_is_named_at_its_place(tmp_path: Path) -> None:
     assert str(tmp_path / "base" / "nope.yaml") in message
 
 
-@pytest.mark.parametrize("name", ["x" * 300 + ".yaml", '"a\\0b.yaml"', '""', "."], ids=["long", "NUL", "empty", "folder"])
+@pytest.mark.parametrize(
+    "name", ["x" * 300 + ".yaml", '"a\\0b.yaml"', '""', "."], ids=["long", "NUL", "empty", "folder"]
+)
 def test_a_parent_name_that_can_be_no_file_is_one_problem(tmp_path: Path, name: str) -> None:
     assert refusal(write(tmp_path, f"extends: {name}\n")).startswith(f"{tmp_path / 'child.yaml'}:1:10: `extends`")
 
@@ -213,7 +215,9 @@ def test_a_word_that_is_no_override_is_refused(tmp_path: Path, word: str) -> Non
 
 
 def test_broken_yaml_in_an_override_is_refused_as_the_command_lines(tmp_path: Path) -> None:
-    assert refusal(write(tmp_path, PARENT), "lora.target_modules=[q").startswith("command line (lora.target_modules=[q)")
+    assert refusal(write(tmp_path, PARENT), "lora.target_modules=[q").startswith(
+        "command line (lora.target_modules=[q)"
+    )
 
 
 @pytest.mark.parametrize("override", ["lora.r=sixteen", "lora=5", "dataset.path.x=1", "lora.rr=4", "loraa.r=4"])

@@ -79,7 +79,12 @@ def test_only_true_and_false_are_booleans(text: str, value: bool) -> None:
 
 
 def test_a_key_stays_text_whatever_it_looks_like(tmp_path: Path) -> None:
-    assert parsed(tmp_path, "1: a\nno: b\n2e-4: c\nnull: d\n").plain() == {"1": "a", "no": "b", "2e-4": "c", "null": "d"}
+    assert parsed(tmp_path, "1: a\nno: b\n2e-4: c\nnull: d\n").plain() == {
+        "1": "a",
+        "no": "b",
+        "2e-4": "c",
+        "null": "d",
+    }
 
 
 def test_every_value_knows_the_line_and_column_of_its_key_and_of_itself(tmp_path: Path) -> None:

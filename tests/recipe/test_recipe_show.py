@@ -55,7 +55,24 @@ def test_every_shipped_recipe_is_shown_as_it_is(tmp_path: Path, path: Path) -> N
 
 @pytest.mark.parametrize(
     "text",
-    ["2e-4", "1234e56", "12", "012", "no", "null", "true", "~", "", " x ", "a # b", "a: b", "- a", "***", "日本", "a\nb"],
+    [
+        "2e-4",
+        "1234e56",
+        "12",
+        "012",
+        "no",
+        "null",
+        "true",
+        "~",
+        "",
+        " x ",
+        "a # b",
+        "a: b",
+        "- a",
+        "***",
+        "日本",
+        "a\nb",
+    ],
 )
 def test_a_text_stays_the_text_it_is(tmp_path: Path, text: str) -> None:
     generation = f"generation: {{max_new_tokens: 4, stop_strings: {json.dumps(text)}}}\n"
@@ -71,7 +88,9 @@ def test_a_text_in_a_list_stays_the_text_it_is(tmp_path: Path, text: str) -> Non
     assert reloaded(recipe, tmp_path).get("generation.prompts") == [text]
 
 
-@pytest.mark.parametrize("key", ["[qk]_proj", "*.q_proj", "a: b", "# x", "null", "12", "^model.*q$", "{q,k}", "2e-4", ""])
+@pytest.mark.parametrize(
+    "key", ["[qk]_proj", "*.q_proj", "a: b", "# x", "null", "12", "^model.*q$", "{q,k}", "2e-4", ""]
+)
 def test_a_key_stays_the_key_it_is(tmp_path: Path, key: str) -> None:
     text = PARENT.replace("    q_proj: 4\n", f"    {json.dumps(key)}: 4\n")
     recipe = load_recipe(write(tmp_path, text))

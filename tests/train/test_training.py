@@ -35,7 +35,9 @@ def make_trainer(path: Path, *overrides: str) -> RecipeTrainer:
 
 
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["lora", "qlora"])
-def test_every_adapter_tensor_moves_and_no_base_tensor_does(write_recipe: Callable[..., Path], quantization: dict | None):
+def test_every_adapter_tensor_moves_and_no_base_tensor_does(
+    write_recipe: Callable[..., Path], quantization: dict | None
+):
     trainer = make_trainer(write_recipe(quantization=quantization))
     before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
     trainer.train()
@@ -160,7 +162,9 @@ def test_adapters_of_a_4bit_base_are_float32_when_training_is(write_recipe: Call
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
 
 
-def test_a_run_leaves_its_evidence_and_only_safe_files(write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture):
+def test_a_run_leaves_its_evidence_and_only_safe_files(
+    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture
+):
     path = write_recipe(training={"save_strategy": "steps", "save_steps": 2})
     assert launch(str(path), []) == 0
     run_dir = RunDir.of("tiny")
@@ -244,7 +248,7 @@ def test_text_rows_train_on_the_assistants_words(write_recipe: Callable[..., Pat
 
 
 def test_generate_needs_a_trained_adapter(write_recipe: Callable[..., Path]):
-    with pytest.raises(RunError, match="accelerate launch run.py"):
+    with pytest.raises(RunError, match=r"accelerate launch run\.py"):
         RunDir.of("tiny").require_adapter(write_recipe())
 
 
