@@ -66,7 +66,7 @@ class RunDir:
         Raises:
             MachineError: the folder cannot be created or written to.
         """
-        probe = self.root / ".writable"
+        probe = self.root / f".writable-{os.getpid()}"  # each rank probes
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"1")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from lora_recipes import console
@@ -39,7 +40,8 @@ def train(recipe: Recipe, ready: Ready, *, resume: bool) -> None:
     """
     run_dir, choices = RunDir.of(recipe.name), ready.choices
     raw = read_data(recipe)
-    source = materialise(ready.source)
+    with PartialState().main_process_first():  # one rank unpacks, the others find it in the cache
+        source = materialise(ready.source)
     tokenizer = load_tokenizer(recipe, source)
     config = model_config(recipe, source)
     targets = find_targets(recipe, config)

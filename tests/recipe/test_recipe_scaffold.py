@@ -24,7 +24,8 @@ training:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    path = tmp_path / "source.yaml"
+    path = tmp_path / "recipes" / "source.yaml"
+    path.parent.mkdir()
     path.write_text(SOURCE)
     return path
 
