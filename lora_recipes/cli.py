@@ -154,10 +154,10 @@ def train(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     """parameters it trains and the memory that takes for certain, before any weight is loaded"""
+    recipe = _recipe(args)
     from lora_recipes import console
     from lora_recipes.plan import plan as run
 
-    recipe = _recipe(args)
     found = run(recipe)
     _emit(args, found)
     if not args.json:
@@ -167,17 +167,19 @@ def plan(args: argparse.Namespace) -> int:
 
 def generate(args: argparse.Namespace) -> int:
     """ask base, adapter and merged model the same questions, and score them"""
+    recipe = _recipe(args)
     from lora_recipes.generate import generate as run
 
-    _emit(args, run(_recipe(args)))
+    _emit(args, run(recipe))
     return EXIT_DONE
 
 
 def merge(args: argparse.Namespace) -> int:
     """merge the adapter into a plain model and prove that it answers the same"""
+    recipe = _recipe(args)
     from lora_recipes.merge import merge as run
 
-    _emit(args, run(_recipe(args)))
+    _emit(args, run(recipe))
     return EXIT_DONE
 
 

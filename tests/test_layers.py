@@ -11,9 +11,10 @@ PACKAGE = Path(__file__).parent.parent / "lora_recipes"
 LAYERS = [
     {"__init__", "errors"},
     {"recipe", "run_dir", "console", "process"},
-    {"data", "model", "plan", "score", "introspect"},
-    {"train", "generate", "merge"},
-    {"status", "cli", "__main__"},
+    {"data", "model", "score", "introspect"},
+    {"plan", "train", "generate", "merge", "status"},
+    {"cli"},
+    {"__main__"},
 ]
 LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "accelerate"}

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -12,12 +14,12 @@ from jsonschema import Draft202012Validator, validators
 
 from lora_recipes.errors import EXIT_REFUSED
 from lora_recipes.recipe.nodes import Node
-from lora_recipes.recipe.problem import Origin, Problem
+from lora_recipes.recipe.problem import SECRET_VALUE, Problem
 from lora_recipes.recipe.rules import rule_problems
 from lora_recipes.recipe.vocabulary import OWNERS, REFUSED, RENAMED
 
 SECRET_NAME = re.compile(r"(^|_)(token|secret|password|api_?key)$", re.IGNORECASE)
-SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9-]{20,}|AKIA[A-Z0-9]{16}|ghp_[A-Za-z0-9]{30,})")
+NO_SECRETS = ("eos_token",)  # a special token of a tokenizer
 
 # `1.0` is no integer and `.nan` no number here, although JSON schema says so.
 _TYPES = Draft202012Validator.TYPE_CHECKER.redefine_many(
@@ -55,6 +57,11 @@ def problems_in(root: Node, file: str) -> list[Problem]:
         problems += [problem for problem in _schema_problems(error, root) if problem.key not in secret]
     if not problems:
         problems = rule_problems(root, file)
+    return in_place_order(problems)
+
+
+def in_place_order(problems: list[Problem]) -> list[Problem]:
+    """Without repeats, in the order of the files' lines."""
     return sorted(set(problems), key=lambda problem: (problem.origin.file, problem.origin.line, problem.origin.column))
 
 
@@ -64,6 +71,11 @@ def _schema_problems(error: Any, root: Node) -> list[Problem]:
         parent = root.find(path)
         known = error.schema.get("properties", {})
         return [_unknown_key(path, name, parent.value[name]) for name in error.instance if name not in known]
+    if error.validator == "anyOf":
+        # The alternative that the value's own kind belongs to knows better what is wrong inside it.
+        inner = [found for found in error.context if len(found.absolute_path) > len(path)]
+        if inner:
+            return [problem for found in inner for problem in _schema_problems(found, root)]
     node = root.find(path)
     return [Problem(node.origin, _dotted(path), *_expectation(error))]
 
@@ -86,10 +98,10 @@ def _unknown_key(path: list[str | int], name: str, node: Node) -> Problem:
     message = f"is not a field of {OWNERS[section]}"
     if name in RENAMED:
         return Problem(node.key, key, message, f"write {RENAMED[name]}")
-    if near := get_close_matches(name, section_keys(section), n=1, cutoff=0.7):
-        return Problem(node.key, key, message, f"did you mean `{near[0]}`?")
     if homes := [home for home in OWNERS if name in section_keys(home)]:
         return Problem(node.key, key, message, f"it belongs to `{homes[0]}`")
+    if near := get_close_matches(name, section_keys(section), n=1, cutoff=0.7):
+        return Problem(node.key, key, message, f"did you mean `{near[0]}`?")
     return Problem(node.key, key, message, _nearest(name, list(section_keys(section))))
 
 
@@ -174,25 +186,21 @@ def _shown(value: Any) -> str:
     )
 
 
-def _secret_problems(root: Node) -> list[Problem]:
+def _secret_problems(node: Node, path: tuple[str | int, ...] = ()) -> Iterator[Problem]:
     """A secret in a recipe ends up in run folders, cards and logs: refused, and its value is not repeated."""
     message = "looks like a secret, which a recipe must not hold (its value is not shown here)"
     hint = "remove it, revoke it if the file was shared, and run `hf auth login` or set HF_TOKEN"
-    return [
-        Problem(
-            Origin(node.key.file.split(" (")[0], node.key.line, node.key.column),
-            key,
-            message,
-            hint,
-            EXIT_REFUSED,
-        )
-        for key, node in root.leaves()
-        if (
-            isinstance(node.value, str)
-            and (SECRET_VALUE.search(node.value) or SECRET_NAME.search(key.rpartition(".")[2]))
-            and key.rpartition(".")[2] not in ("eos_token", "pad_token")
-        )
-    ]
+    name = str(path[-1]) if path else ""
+    named_so = SECRET_NAME.search(name) and name not in NO_SECRETS and isinstance(node.value, str)
+    if named_so or SECRET_VALUE.search(name) or (isinstance(node.value, str) and SECRET_VALUE.search(node.value)):
+        origin = node.key if node.key.line else replace(node.key, file="command line")
+        yield Problem(origin, _dotted(list(path)), message, hint, EXIT_REFUSED)
+    elif isinstance(node.value, dict):
+        for key, child in node.value.items():
+            yield from _secret_problems(child, (*path, key))
+    elif isinstance(node.value, list):
+        for index, child in enumerate(node.value):
+            yield from _secret_problems(child, (*path, index))
 
 
 def _dotted(path: list[str | int]) -> str:

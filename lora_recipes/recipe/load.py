@@ -7,9 +7,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lora_recipes.recipe.check import problems_in
+from lora_recipes.recipe.check import in_place_order, problems_in
 from lora_recipes.recipe.nodes import Node, parse_file, parse_override
 from lora_recipes.recipe.problem import InvalidRecipe, Origin, Problem
+from lora_recipes.recipe.vocabulary import OWNERS
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
@@ -64,20 +65,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         InvalidRecipe: every problem of the recipe in one message, each as `file:line:column: key, what, what to do`.
     """
     path = Path(path)
-    problems = _name_problems(path)
+    problems = name_problems(path)
     if problems:
         raise InvalidRecipe(problems)
     root = _resolve_extends(path, [], problems)
-    for override in overrides:
-        root = _overlay(root, _override(override))
+    if overrides:
+        root = _overlay(root, overrides_tree(overrides))
     root = _drop_null_sections(root)
     problems += problems_in(root, str(path))
     if problems:
-        raise InvalidRecipe(problems)
+        raise InvalidRecipe(in_place_order(problems))
     return _recipe(path, root)
 
 
-def _name_problems(path: Path) -> list[Problem]:
+def name_problems(path: Path) -> list[Problem]:
+    """What is wrong with a recipe's file name."""
     if path.suffix not in (".yaml", ".yml") and not path.is_dir():
         return [Problem(Origin(str(path)), "", "a recipe is a .yaml file", "`ls recipes` shows those that are shipped")]
     if not NAME_PATTERN.fullmatch(path.stem):
@@ -97,7 +99,7 @@ def _resolve_extends(path: Path, seen: list[Path], problems: list[Problem]) -> N
     if not isinstance(parent.value, str):
         raise _stop(parent, "takes one file name", "such as `extends: base/qlora.yaml`")
     parent_path = path.parent / parent.value
-    if not parent_path.is_file():
+    if len(parent_path.name) > 255 or not parent_path.is_file():
         raise _stop(parent, f"names a file that does not exist: {parent_path}", "the path is relative to this file")
     chain = [*seen, here]
     if parent_path.resolve() in chain:
@@ -120,21 +122,38 @@ def _overlay(parent: Node, child: Node) -> Node:
     return Node(merged, child.origin, child.key)
 
 
+def overrides_tree(words: Sequence[str]) -> Node:
+    """The tree of `section.key=value` words; later words win.
+
+    Raises:
+        InvalidRecipe: a word that is no override, or a value that is no YAML.
+    """
+    root = Node({}, Origin("command line"), Origin("command line"))
+    for word in words:
+        root = _overlay(root, _override(word))
+    return root
+
+
 def _override(word: str) -> Node:
-    """The tree of one `section.key=value` word."""
     key, equals, text = word.partition("=")
     steps = key.split(".")
     if not equals or not all(steps):
         message, hint = "is not an override", "write section.key=value, such as training.max_steps=10"
         raise InvalidRecipe([Problem(Origin("command line"), word, message, hint)])
-    node = parse_override(text, f"command line ({word})")
+    origin = f"command line ({word})"
+    if steps[0] == "extends":
+        message, hint = "cannot be overridden", "copy the recipe (`lora-recipes new`) and edit it there"
+        raise InvalidRecipe([Problem(Origin(origin), "extends", message, hint)])
+    node = parse_override(text, origin)
     for step in reversed(steps):
         node = Node({step: node}, node.origin, node.key)
     return node
 
 
 def _drop_null_sections(root: Node) -> Node:
-    return Node({name: node for name, node in root.value.items() if node.value is not None}, root.origin, root.key)
+    """`quantization: null` drops the section; an unknown name stays, so that the check refuses it."""
+    kept = {name: node for name, node in root.value.items() if node.value is not None or name not in OWNERS}
+    return Node(kept, root.origin, root.key)
 
 
 def _recipe(path: Path, root: Node) -> Recipe:

@@ -13,6 +13,7 @@ from lora_recipes.errors import EXIT_REFUSED
 from lora_recipes.recipe.problem import InvalidRecipe, Origin, Problem
 
 MAX_BYTES = 1_000_000  # a recipe is a page of text; anything larger is a mistake or an attack
+MAX_DEPTH = 40  # nested brackets; the parser's own recursion ends the process at some ten thousand
 
 
 @dataclass(frozen=True)
@@ -56,30 +57,35 @@ class Node:
 
 
 class _CoreSchemaLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """The scalars of YAML 1.2's core schema: `2e-4` is a number; `no`, `on`, `012` and `12:30` are text.
+    """Plain scalars much as in YAML 1.2: `2e-4` is a number; `no`, `on`, `012` and `12:30` are text.
 
     PyYAML follows YAML 1.1, where `2e-4` is text and `no` is false. A private subclass, since changing
     `yaml.SafeLoader` would change it for every library in the process.
     """
 
 
-_CoreSchemaLoader.yaml_implicit_resolvers = {}
-_CoreSchemaLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""]
-)
-_CoreSchemaLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_CoreSchemaLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789")
-)
-_CoreSchemaLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^([-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
-    ),
-    list("-+0123456789."),
-)
+class _CoreSchemaDumper(yaml.SafeDumper):
+    """Writes what `_CoreSchemaLoader` reads back: text that would read as a number is quoted."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+
+_CoreSchemaDumper.add_representer(str, _text)
+for _class in (_CoreSchemaLoader, _CoreSchemaDumper):
+    _class.yaml_implicit_resolvers = {}
+    for _name, _pattern, _first in (
+        ("null", r"^(~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+        ("bool", r"^(true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+        ("int", r"^[-+]?(0|[1-9][0-9]*)$", list("-+0123456789")),
+        (
+            "float",
+            r"^([-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$",
+            list("-+0123456789."),
+        ),
+    ):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), _first)
 
 _SCALARS: dict[str, Callable[[str], Any]] = {
     "tag:yaml.org,2002:null": lambda text: None,
@@ -88,6 +94,18 @@ _SCALARS: dict[str, Callable[[str], Any]] = {
     "tag:yaml.org,2002:float": lambda text: float(re.sub(r"\.(inf|nan)", r"\1", text.lower())),
     "tag:yaml.org,2002:str": str,
 }
+
+
+def dump_inline(value: Any) -> str:
+    """A value as YAML on one line, such that `parse_text` reads the same value."""
+    text = yaml.dump(value, Dumper=_CoreSchemaDumper, default_flow_style=True, allow_unicode=True, width=10**6)
+    return text.removesuffix("...\n").strip()  # PyYAML ends a bare scalar with a document mark
+
+
+def dump_block(value: Any) -> str:
+    """A mapping as indented YAML."""
+    text = yaml.dump(value, Dumper=_CoreSchemaDumper, sort_keys=False, allow_unicode=True, width=10**6)
+    return text.rstrip("\n")
 
 
 def parse_file(path: Path, problems: list[Problem]) -> Node:
@@ -128,14 +146,17 @@ def parse_text(text: str, file: str, problems: list[Problem]) -> Node | None:
         InvalidRecipe: broken YAML, a tag, an alias.
     """
     try:
-        _refuse_aliases(text, file)
+        _refuse_unsafe(text, file)
         root = yaml.compose(text, Loader=_CoreSchemaLoader)
     except yaml.MarkedYAMLError as error:
         raise _broken_yaml(error, text, file) from None
     except yaml.reader.ReaderError as error:
-        line = text[: error.position].count("\n") + 1
+        control = next(
+            (place for place, character in enumerate(text) if yaml.reader.Reader.NON_PRINTABLE.search(character)), 0
+        )
+        line = text[:control].count("\n") + 1
         raise _stop(Origin(file, line), f"control characters are not allowed in YAML ({error.reason})") from None
-    return _convert(root, file, problems) if root is not None else None
+    return _convert(root, file, (), problems) if root is not None else None
 
 
 def parse_override(text: str, file: str) -> Node:
@@ -148,32 +169,47 @@ def parse_override(text: str, file: str) -> Node:
     return _at(node, origin) if node else Node(None, origin, origin)
 
 
-def _convert(node: yaml.Node, file: str, problems: list[Problem]) -> Node:
+def _convert(node: yaml.Node, file: str, path: tuple[str, ...], problems: list[Problem]) -> Node:
     origin = _origin(node.start_mark, file)
-    if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
+    if isinstance(node, yaml.MappingNode):
         entries: dict[str, Node] = {}
         for key_node, value_node in node.value:
-            name, key = str(key_node.value), _origin(key_node.start_mark, file)
+            key = _origin(key_node.start_mark, file)
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _stop(key, "a key must be text, not a list or a mapping")
+            name = key_node.value
             if name in entries:
                 message = f"is already set in line {entries[name].key.line}"
-                problems.append(Problem(key, name, message, "keep one of the two"))
-            child = _convert(value_node, file, problems)
+                problems.append(Problem(key, ".".join((*path, name)), message, "keep one of the two"))
+            child = _convert(value_node, file, (*path, name), problems)
             entries[name] = Node(child.value, child.origin, key)
         return Node(entries, origin, origin)
-    if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
-        return Node([_convert(child, file, problems) for child in node.value], origin, origin)
-    if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
+    if isinstance(node, yaml.SequenceNode):
+        return Node([_convert(child, file, path, problems) for child in node.value], origin, origin)
+    assert isinstance(node, yaml.ScalarNode)
+    try:
         return Node(_SCALARS[node.tag](node.value), origin, origin)
-    raise _stop(origin, f"the tag `{node.tag}` is refused", "a recipe holds plain values only", EXIT_REFUSED)
+    except ValueError:  # Python reads no integer of more than 4,300 digits
+        raise _stop(origin, "a number of so many digits is not read") from None
 
 
-def _refuse_aliases(text: str, file: str) -> None:
-    """Nested aliases can blow a page of text up to gigabytes; `extends` is the way to share values."""
+def _refuse_unsafe(text: str, file: str) -> None:
+    """Refuse aliases, tags and deep nesting while they are still a stream of events.
+
+    Nested aliases can blow a page of text up to gigabytes, a tag can name a Python object, and nesting is parsed by
+    recursion. None of them is needed: `extends` shares values, and quotes make text of a number.
+    """
+    depth = 0
     for event in yaml.parse(text, Loader=_CoreSchemaLoader):
+        origin = _origin(event.start_mark, file)
         if isinstance(event, yaml.AliasEvent):
-            origin = _origin(event.start_mark, file)
             hint = "write the value out, or put it in a parent recipe and use `extends`"
             raise _stop(origin, f"the alias `*{event.anchor}` is refused", hint, EXIT_REFUSED)
+        if (tag := getattr(event, "tag", None)) is not None:
+            raise _stop(origin, f"the tag `{tag}` is refused", "a recipe holds plain values only", EXIT_REFUSED)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise _stop(origin, f"nested more than {MAX_DEPTH} deep", "a recipe needs three or four", EXIT_REFUSED)
 
 
 def _broken_yaml(error: yaml.MarkedYAMLError, text: str, file: str) -> InvalidRecipe:

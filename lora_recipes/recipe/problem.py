@@ -1,8 +1,16 @@
 """What can be wrong with a recipe: one `Problem` a finding, all findings of a recipe in one `InvalidRecipe`."""
 
+import re
 from dataclasses import dataclass
 
 from lora_recipes.errors import EXIT_USER, RecipeError
+
+SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9-]{20,}|AKIA[A-Z0-9]{16}|ghp_[A-Za-z0-9]{30,})")
+
+
+def redacted(text: str) -> str:
+    """The text without anything that looks like a token: messages end up in logs."""
+    return SECRET_VALUE.sub("…", text)
 
 
 @dataclass(frozen=True)
@@ -30,16 +38,16 @@ class Problem:
     def __str__(self) -> str:
         where = f"{self.origin}:{self.origin.column}" if self.origin.column else str(self.origin)
         key = f"`{self.key}` " if self.key else ""
-        return f"{where}: {key}{self.message}" + (f"; {self.hint}" if self.hint else "")
+        return redacted(f"{where}: {key}{self.message}" + (f"; {self.hint}" if self.hint else ""))
 
     def as_json(self) -> dict[str, object]:
         return {
-            "file": self.origin.file,
+            "file": redacted(self.origin.file),
             "line": self.origin.line,
             "column": self.origin.column,
-            "key": self.key,
-            "message": self.message,
-            "hint": self.hint,
+            "key": redacted(self.key),
+            "message": redacted(self.message),
+            "hint": redacted(self.hint),
         }
 
 

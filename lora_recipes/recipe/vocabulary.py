@@ -88,6 +88,7 @@ SAVE_KEYWORDS: dict[str, dict[str, Any]] = {
     },
 }
 
+_FILES = {"type": "array", "items": _NAME}
 _COMPUTE_DTYPE = {"enum": ["float32", "float16", "bfloat16"]}
 
 # Where a class's own annotation or docstring is looser than what the class takes.
@@ -121,6 +122,14 @@ TYPES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "dataset": {
         "revision": {"type": ["string", "null"]},
+        "data_files": {
+            "anyOf": [
+                _NAME,
+                _FILES,
+                {"type": "object", "additionalProperties": {"anyOf": [_NAME, _FILES]}},
+                {"type": "null"},
+            ]
+        },
         "split": {"type": "string", "minLength": 1},
         "path": _NAME,
     },

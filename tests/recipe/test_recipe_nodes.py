@@ -120,7 +120,7 @@ def test_a_duplicate_key_names_both_lines(tmp_path: Path) -> None:
     [problem] = problems
     assert problem.origin == Origin(str(path), 4, 3)
     assert "line 2" in problem.message
-    assert "`r`" in str(problem)
+    assert "`lora.r`" in str(problem)
 
 
 def test_a_duplicate_key_is_named_by_its_full_path(tmp_path: Path) -> None:
