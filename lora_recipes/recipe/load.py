@@ -69,8 +69,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if problems:
         raise InvalidRecipe(problems)
     root = _resolve_extends(path, [], problems)
-    if overrides:
-        root = _overlay(root, overrides_tree(overrides))
+    for word in overrides:
+        root = _overlay(root, _override(word))
     root = _drop_null_sections(root)
     problems += problems_in(root, str(path))
     if problems:

@@ -16,7 +16,7 @@ def new_recipe(source: Path, name: str, overrides: list[str]) -> Path:
         InvalidRecipe: the source or the overrides are wrong; nothing is written.
         RunError: the file exists; it is left as it is.
     """
-    load_recipe(source, overrides)
+    wanted = load_recipe(source, overrides).plain()
     target = source.parent / (name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
     problems = name_problems(target)
     if Path(name).name != name:
@@ -31,11 +31,10 @@ def new_recipe(source: Path, name: str, overrides: list[str]) -> Path:
     text = _child_text(source, target, overrides)
     with target.open("x", encoding="utf-8") as stream:  # "x": never over an existing file
         stream.write(text)
-    try:
-        load_recipe(target)
-    except InvalidRecipe:
+    if load_recipe(target).plain() != wanted:  # a key was dropped and set again: a child can only add to its parent
         target.unlink()
-        raise
+        message, hint = "drop a mapping and set keys in it", "set the keys only, or edit the new recipe by hand"
+        raise InvalidRecipe([Problem(Origin("command line"), " ".join(overrides), message, hint)])
     return target
 
 
