@@ -2,12 +2,16 @@
 
 import dataclasses
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 from peft import LoraConfig
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,10 +23,25 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lora_recipes.errors import RecipeError
+from lora_recipes.errors import LoraRecipesError, RecipeError
 from lora_recipes.model.machine import Choices
 from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
+from lora_recipes.recipe.vocabulary import OWNERS
+
+_REFUSALS = (ValueError, TypeError, KeyError, ImportError, OSError, SafetensorError)
+
+
+@contextmanager
+def refusals_of(recipe: Recipe, section: str) -> Iterator[None]:
+    """What the section's owner refuses becomes one message with the recipe's line, instead of a traceback."""
+    try:
+        yield
+    except LoraRecipesError:
+        raise
+    except _REFUSALS as error:
+        raise RecipeError(f"{recipe.where(section)}: `{section}` is refused by {OWNERS[section]}: {error}") from error
+
 
 _HUB_KEYS = ("revision", "trust_remote_code", "cache_dir", "local_files_only", "subfolder")
 
@@ -33,7 +52,8 @@ def load_tokenizer(recipe: Recipe, source: Source) -> PreTrainedTokenizerBase:
     Raises:
         RecipeError: the template file is missing, or the end token is not in the vocabulary.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source.location, **_hub_keywords(recipe))
+    with refusals_of(recipe, "model"):
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **_hub_keywords(recipe))
     template = recipe.get("training.chat_template_path")
     if template:
         if not Path(template).is_file():
@@ -61,7 +81,8 @@ def end_token_ids(recipe: Recipe, source: Source, tokenizer: PreTrainedTokenizer
 
 def model_config(recipe: Recipe, source: Source) -> PreTrainedConfig:
     """The architecture's numbers; no weights are read."""
-    return AutoConfig.from_pretrained(source.location, **_hub_keywords(recipe))
+    with refusals_of(recipe, "model"):
+        return AutoConfig.from_pretrained(source.location, **_hub_keywords(recipe))
 
 
 def meta_model(config: PreTrainedConfig, recipe: Recipe) -> PreTrainedModel:
@@ -107,13 +128,14 @@ def load_base(
     keywords.pop("pretrained_model_name_or_path")
     if dtype is not None:
         keywords["dtype"] = dtype
+    config = quantization_config(choices.quantization) if quantized else None
     if choices.device == "cpu":
         keywords.pop("device_map", None)  # one device; `choose` has said so
         keywords.pop("max_memory", None)
-    else:
+    elif config is not None or PartialState().distributed_type == DistributedType.NO:
         keywords.setdefault("device_map", {"": PartialState().local_process_index})
-    config = quantization_config(choices.quantization) if quantized else None
-    model = AutoModelForCausalLM.from_pretrained(source.location, quantization_config=config, **keywords)
+    with refusals_of(recipe, "model"):
+        model = AutoModelForCausalLM.from_pretrained(source.location, quantization_config=config, **keywords)
     keep_canonical_4bit(model)
     return model
 

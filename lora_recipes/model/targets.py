@@ -74,7 +74,7 @@ def _adapted(recipe: Recipe, base: torch.nn.Module, linear: set[str]) -> PeftMod
         with warnings.catch_warnings():  # PEFT warns of what `find_targets` turns into errors
             warnings.simplefilter("ignore")
             return get_peft_model(base, lora_config(section))
-    except ValueError as error:  # PEFT's own words for a pattern or a layer kind that cannot be adapted
+    except (ValueError, TypeError) as error:  # PEFT's own words for a pattern or a layer kind that cannot be adapted
         where = recipe.where("lora.target_modules")
         raise RecipeError(
             f"{where}: LoRA cannot be applied: {error}\nlinear layers here: {', '.join(sorted(linear))}"

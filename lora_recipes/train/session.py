@@ -13,7 +13,7 @@ from lora_recipes import console
 from lora_recipes.data import read_data, tokenize
 from lora_recipes.data.read import local_files
 from lora_recipes.errors import DataError, MachineError, RefusedError
-from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer, model_config
+from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer, model_config, refusals_of
 from lora_recipes.model.machine import Choices
 from lora_recipes.model.package import file_sha256
 from lora_recipes.model.source import Source, materialise
@@ -23,7 +23,7 @@ from lora_recipes.run_dir import RunDir, published, staging_of, write_json, writ
 from lora_recipes.train.describe import describe
 from lora_recipes.train.preflight import Ready
 from lora_recipes.train.record import RecordCallback, write_manifest, write_status
-from lora_recipes.train.trainer import RecipeTrainer, build_trainer
+from lora_recipes.train.trainer import RecipeTrainer, build_trainer, training_arguments
 
 # Above this a CPU run takes days; `training.use_cpu: true` says that it is meant.
 CPU_PARAMETERS = 1_500_000_000
@@ -39,6 +39,8 @@ def train(recipe: Recipe, ready: Ready, *, resume: bool) -> None:
         LoraRecipesError: anything a user can act on; before weights are loaded wherever that is possible.
     """
     run_dir, choices = RunDir.of(recipe.name), ready.choices
+    with refusals_of(recipe, "training"):
+        args = training_arguments(choices.training, run_dir)  # before the model: DeepSpeed hooks its loading here
     raw = read_data(recipe)
     with PartialState().main_process_first():  # one rank unpacks, the others find it in the cache
         source = materialise(ready.source)
@@ -50,7 +52,7 @@ def train(recipe: Recipe, ready: Ready, *, resume: bool) -> None:
     data = tokenize(raw, tokenizer, set(ends), recipe)
 
     base = load_base(recipe, source, choices)
-    trainer = build_trainer(recipe, run_dir, choices, base, tokenizer, data, [RecordCallback(run_dir)])
+    trainer = build_trainer(recipe, args, choices, base, tokenizer, data, [RecordCallback(run_dir)])
     if len(trainer.train_dataset) == 0:
         longest = f"within training.max_length ({trainer.args.max_length} tokens)"
         raise DataError(

@@ -9,7 +9,7 @@ from trl import SFTConfig, SFTTrainer
 
 from lora_recipes.data import TokenizedData
 from lora_recipes.data.tokens import IGNORED
-from lora_recipes.model.build import lora_config
+from lora_recipes.model.build import lora_config, refusals_of
 from lora_recipes.model.machine import Choice, Choices
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir
@@ -76,23 +76,28 @@ class RecipeTrainer(SFTTrainer):
 
 def build_trainer(
     recipe: Recipe,
-    run_dir: RunDir,
+    args: SFTConfig,
     choices: Choices,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: TokenizedData,
     callbacks: list[TrainerCallback],
 ) -> RecipeTrainer:
-    """The trainer of a recipe. SFTTrainer seeds before it makes the adapter's weights, so a seed repeats a run."""
-    trainer = RecipeTrainer(
-        model=model,
-        args=training_arguments(choices.training, run_dir),
-        train_dataset=data.train,
-        eval_dataset=data.heldout,
-        processing_class=tokenizer,
-        peft_config=lora_config(recipe.section("lora")),
-        callbacks=callbacks,
-    )
+    """The trainer of a recipe. SFTTrainer seeds before it makes the adapter's weights, so a seed repeats a run.
+
+    Raises:
+        RecipeError: SFTTrainer refuses a setting (a tracker that is not installed, a combination that it excludes).
+    """
+    with refusals_of(recipe, "training"):
+        trainer = RecipeTrainer(
+            model=model,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.heldout,
+            processing_class=tokenizer,
+            peft_config=lora_config(recipe.section("lora")),
+            callbacks=callbacks,
+        )
     _keep_adapter_precision(trainer, choices)
     return trainer
 

@@ -21,7 +21,7 @@ from lora_recipes.model.source import locate
 from lora_recipes.recipe import load_recipe
 from lora_recipes.run_dir import RunDir, read_json, read_jsonl
 from lora_recipes.train import launch
-from lora_recipes.train.trainer import RecipeTrainer, build_trainer
+from lora_recipes.train.trainer import RecipeTrainer, build_trainer, training_arguments
 from tests.conftest import NF4, ROOT
 
 
@@ -31,7 +31,8 @@ def make_trainer(path: Path, *overrides: str) -> RecipeTrainer:
     tokenizer = load_tokenizer(recipe, source)
     data = tokenize(read_data(recipe), tokenizer, set(end_token_ids(recipe, source, tokenizer)), recipe)
     base = load_base(recipe, source, choices)
-    return build_trainer(recipe, RunDir.of(recipe.name), choices, base, tokenizer, data, [])
+    args = training_arguments(choices.training, RunDir.of(recipe.name))
+    return build_trainer(recipe, args, choices, base, tokenizer, data, [])
 
 
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["lora", "qlora"])
@@ -257,3 +258,29 @@ def test_no_status_is_written_by_a_refused_start(write_recipe: Callable[..., Pat
     assert launch(str(path), []) == 2
     assert not RunDir.of("tiny").status.exists()
     assert json.loads(path.read_text())["lora"]["target_modules"] == ["q_prj"]
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "said"),
+    [
+        ("training", {"report_to": "wandb"}, "wandb"),
+        ("training", {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "epoch"}, "strategy"),
+        ("lora", {"use_rslora": True, "lora_bias": True, "init_lora_weights": "olora"}, "LoRA cannot be applied"),
+    ],
+)
+def test_what_an_owner_refuses_is_one_message_with_the_recipes_line(
+    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture, section: str, keys: dict, said: str
+):
+    path = write_recipe(**{section: keys})
+    assert launch(str(path), []) == 2
+    shown = capsys.readouterr().err
+    assert f"error: {path}:" in shown and said in shown and "Traceback" not in shown
+
+
+def test_a_model_folder_without_weights_is_one_message(
+    write_recipe: Callable[..., Path], tiny_model: Path, workdir: Path, capsys: pytest.CaptureFixture
+):
+    shutil.copytree(tiny_model, workdir / "hollow")
+    (workdir / "hollow" / "model.safetensors").write_bytes(b"torn")
+    assert launch(str(write_recipe(model={"pretrained_model_name_or_path": "hollow"})), []) == 2
+    assert "`model` is refused by" in capsys.readouterr().err
