@@ -31,11 +31,11 @@ install: $(BIN)/lora-recipes  ## make .venv with the pinned versions and the dem
 install-dev: $(BIN)/pytest  ## the same with what tests and lint need
 
 demo: install  ## train, merge and compare the demo recipe (RECIPE=...), end to end on this machine
-	$(BIN)/lora-recipes check $(RECIPE) $(ARGS)
-	$(BIN)/lora-recipes train $(RECIPE) $(ARGS) --resume $(if $(CONFIG),--config_file $(CONFIG))
-	test -d outputs/$(basename $(notdir $(RECIPE)))/merged || $(BIN)/lora-recipes merge $(RECIPE) $(ARGS)
-	$(BIN)/lora-recipes generate $(RECIPE) $(ARGS)
-	$(BIN)/lora-recipes status $(RECIPE) $(ARGS)
+	$(BIN)/lora-recipes check "$(RECIPE)" $(ARGS)
+	$(BIN)/lora-recipes train "$(RECIPE)" $(ARGS) --resume $(if $(CONFIG),--config_file $(CONFIG))
+	test -d outputs/$(basename $(notdir $(RECIPE)))/merged || $(BIN)/lora-recipes merge "$(RECIPE)" $(ARGS)
+	$(BIN)/lora-recipes generate "$(RECIPE)" $(ARGS)
+	$(BIN)/lora-recipes status "$(RECIPE)" $(ARGS)
 
 test: install-dev  ## the default test suite, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" $(ARGS)
@@ -55,10 +55,10 @@ data: install  ## make the demo data again; the files do not change
 	$(BIN)/python data/make_orders.py
 
 train: install  ## train RECIPE; CONFIG= an accelerate config, ARGS= overrides and --resume
-	$(BIN)/lora-recipes train $(RECIPE) $(ARGS) $(if $(CONFIG),--config_file $(CONFIG))
+	$(BIN)/lora-recipes train "$(RECIPE)" $(ARGS) $(if $(CONFIG),--config_file $(CONFIG))
 
 new: install  ## NAME= a recipe of your own that extends RECIPE
-	$(BIN)/lora-recipes new $(RECIPE) $(NAME) $(ARGS)
+	$(BIN)/lora-recipes new "$(RECIPE)" $(NAME) $(ARGS)
 
 $(VERBS): install
-	$(BIN)/lora-recipes $@ $(RECIPE) $(ARGS)
+	$(BIN)/lora-recipes $@ "$(RECIPE)" $(ARGS)

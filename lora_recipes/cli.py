@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_recipes import __version__, process
-from lora_recipes.errors import EXIT_DONE, EXIT_USER, LoraRecipesError, RunError
+from lora_recipes.errors import EXIT_DONE, EXIT_USER, LoraRecipesError, RunError, machine_fault
 from lora_recipes.recipe import InvalidRecipe, Recipe, load_recipe
 
 Result = dict[str, Any]
@@ -27,6 +27,10 @@ def main(arguments: list[str] | None = None) -> int:
         return VERBS[args.verb](args)
     except LoraRecipesError as error:
         return _failed(error, args)
+    except (MemoryError, OSError, RuntimeError) as error:
+        if fault := machine_fault(error):
+            return _failed(fault, args)
+        raise
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,7 +140,7 @@ def train(args: argparse.Namespace) -> int:
     import tempfile
 
     from lora_recipes.run_dir import RunDir, read_json
-    from lora_recipes.train import EXIT_CODE_FILE
+    from lora_recipes.train import OUTCOME_FILE
 
     recipe = _recipe(args)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
@@ -144,12 +148,14 @@ def train(args: argparse.Namespace) -> int:
     command += ["--module", "lora_recipes.train", args.recipe, *args.words]
     command += [flag for flag, given in (("--resume", args.resume), ("--debug", args.debug)) if given]
     with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder) / "exit_code"
-        environment = os.environ | {EXIT_CODE_FILE: str(told)}
-        ended = subprocess.run(command, check=False, env=environment, stdout=sys.stderr)
-        exit_code = int(told.read_text(encoding="utf-8")) if told.is_file() else ended.returncode
-    _emit(args, read_json(RunDir.of(recipe.name).status) | {"exit_code": exit_code})
-    return exit_code
+        told = Path(folder) / "outcome.json"
+        ended = subprocess.run(command, check=False, env=os.environ | {OUTCOME_FILE: str(told)}, stdout=sys.stderr)
+        outcome = read_json(told) or {"exit_code": ended.returncode, "message": "the launcher failed, see above"}
+    if outcome["exit_code"] == EXIT_DONE:
+        _emit(args, read_json(RunDir.of(recipe.name).status))
+    else:
+        _emit(args, {"error": outcome})
+    return outcome["exit_code"]
 
 
 def plan(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""What the user sees. People read stderr; with `--json` stdout holds one JSON object. No other module prints."""
+"""What the user sees. People read stderr; with `--json` stdout holds one JSON object."""
 
 import json
 import sys
@@ -25,11 +25,6 @@ def error(text: str) -> None:
 def emit_json(value: dict[str, Any]) -> None:
     """The one JSON object of `--json`."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
-
-
-def emit_text(text: str) -> None:
-    """Text that is a command's result (the resolved recipe), so that it can be piped."""
-    sys.stdout.write(text if text.endswith("\n") else text + "\n")
 
 
 def facts(title: str, rows: Iterable[tuple[str, str]]) -> None:

@@ -1,5 +1,7 @@
 """One small tree of errors, each with the exit code that a command ends with."""
 
+import errno
+
 EXIT_DONE = 0
 EXIT_BUG = 1
 EXIT_USER = 2
@@ -41,3 +43,27 @@ class RefusedError(LoraRecipesError):
     """Refused for integrity or security: going on could produce a wrong or unsafe artefact."""
 
     exit_code = EXIT_REFUSED
+
+
+OUT_OF_MEMORY = (
+    "What helps, cheapest first: training.per_device_train_batch_size=1 with a larger gradient_accumulation_steps; "
+    "training.activation_checkpointing=true; a smaller training.max_length or generation.batch_size; a 4-bit base "
+    "(recipes/base/qlora.yaml)"
+)
+
+
+def machine_fault(error: BaseException) -> MachineError | None:
+    """The MachineError for a full disk, a missing permission or memory that ran out; None for anything else."""
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):  # torch is not imported here
+        return MachineError(f"out of memory: {error}\n{OUT_OF_MEMORY}")
+    if isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+    ):
+        return MachineError(
+            f"{error.filename or 'writing a file'}: {error.strerror}; free space or change the permission"
+        )
+    return None

@@ -3,16 +3,18 @@
 from typing import Any
 
 from lora_recipes import console
-from lora_recipes.data import Question, questions, read_data
+from lora_recipes.data.questions import Question, questions
+from lora_recipes.data.read import read_data
 from lora_recipes.errors import RunError
 from lora_recipes.model.adapted import attach_adapter
 from lora_recipes.model.answer import Answer, answer, generation_config
-from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer
+from lora_recipes.model.build import end_token_ids, load_base, load_merged, load_tokenizer
 from lora_recipes.model.machine import choose
 from lora_recipes.model.source import locate, materialise
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir, write_jsonl
 from lora_recipes.score import summary
+from lora_recipes.trained import require_same_adapter
 
 SHOWN_ROWS = 5
 BATCH_SIZE = 16
@@ -29,7 +31,9 @@ def generate(recipe: Recipe) -> dict[str, Any]:
     """
     run_dir = RunDir.of(recipe.name)
     run_dir.require_adapter(recipe.path)
-    choices = choose(recipe)
+    require_same_adapter(recipe, run_dir)
+    run_dir.require_writable()
+    choices = choose(recipe, training=False)
     raw = read_data(recipe)
     source = materialise(locate(recipe))
     tokenizer = load_tokenizer(recipe, source)
@@ -51,18 +55,11 @@ def generate(recipe: Recipe) -> dict[str, Any]:
     given["adapter"] = answers(model, "adapter")
     del model
     if run_dir.merged.is_dir():
-        given["merged"] = answers(_merged(recipe, run_dir, choices), "merged")
+        given["merged"] = answers(load_merged(run_dir.merged, recipe, choices), "merged")
     rows = _rows(asked, given)
     write_jsonl(run_dir.generations, rows)
     _show(rows, given)
     return summary(rows)
-
-
-def _merged(recipe: Recipe, run_dir: RunDir, choices: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    keywords: dict[str, Any] = {} if choices.device == "cpu" else {"device_map": {"": 0}}
-    return AutoModelForCausalLM.from_pretrained(run_dir.merged, **keywords).eval()
 
 
 def _rows(asked: list[Question], given: dict[str, list[Answer]]) -> list[dict[str, Any]]:

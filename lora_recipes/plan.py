@@ -76,7 +76,7 @@ def _parts(recipe: Recipe, config: PreTrainedConfig, trainable: int) -> dict[str
     dtype = recipe.get("model.dtype", "auto")
     dtype = str(config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype
     quantization = recipe.section("quantization")
-    a_weight = BYTES[dtype]
+    a_weight = BYTES.get(dtype, 4.0)
     if quantization.get("load_in_4bit"):
         a_weight = FOUR_BIT_DOUBLE if quantization.get("bnb_4bit_use_double_quant") else FOUR_BIT
     elif quantization.get("load_in_8bit"):
@@ -86,7 +86,7 @@ def _parts(recipe: Recipe, config: PreTrainedConfig, trainable: int) -> dict[str
     # PEFT keeps the adapters of 16-bit weights in float32; TRL casts those of quantized weights to bfloat16.
     a_trained = 2.0 if quantization and recipe.get("training.bf16") else 4.0
     return {
-        "base_weights": int(linear * a_weight + (total - linear) * BYTES[dtype]),
+        "base_weights": int(linear * a_weight + (total - linear) * BYTES.get(dtype, 4.0)),
         "adapter": int(trainable * a_trained),
         "gradients": int(trainable * a_trained),
         "optimizer_states": int(trainable * a_state),

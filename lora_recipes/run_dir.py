@@ -1,8 +1,10 @@
 """The run folder `outputs/<recipe>/`: its layout, and writes that are either whole or not there at all."""
 
+import fcntl
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +62,10 @@ class RunDir:
     def parity(self) -> Path:
         return self.root / "parity.json"
 
+    @property
+    def lock(self) -> Path:
+        return self.root / ".lock"
+
     def require_writable(self) -> None:
         """Create the folder and write a byte there, before anything is spent on a run.
 
@@ -83,15 +89,47 @@ class RunDir:
             )
 
     def complete_checkpoints(self) -> list[Path]:
-        """Checkpoints that can be resumed, oldest first.
+        """Checkpoints that can be resumed exactly, oldest first.
 
-        The Trainer writes `trainer_state.json` last, so a folder without it was cut off in the middle of a save.
+        The Trainer writes `trainer_state.json` last, so a folder without it was cut off in the middle of a save; one
+        without optimizer, scheduler or random state would start those afresh in silence.
         """
         folders = self.checkpoints.glob("checkpoint-*")
         numbered = [
             (int(folder.name.split("-")[1]), folder) for folder in folders if folder.name.split("-")[1].isdigit()
         ]
-        return [folder for _, folder in sorted(numbered) if (folder / "trainer_state.json").is_file()]
+        return [folder for _, folder in sorted(numbered) if _is_complete(folder)]
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    needed = ("trainer_state.json", "scheduler.pt")
+    states = (any(checkpoint.glob("optimizer*")) or any(checkpoint.glob("global_step*"))) and any(
+        checkpoint.glob("rng_state*")
+    )
+    return states and all((checkpoint / name).is_file() for name in needed)
+
+
+class Locked:
+    """An exclusive lock on a file, held until `release` or the end of the process."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.stream = path, path.open("a+", encoding="utf-8")
+
+    def acquire(self, *, wait: bool) -> None:
+        """Take the lock. Raises RunError when another process holds it and `wait` is False."""
+        try:
+            fcntl.flock(self.stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            self.stream.seek(0)
+            raise RunError(f"{self.path.parent} is in use by another process ({self.stream.read().strip()})") from None
+        self.stream.truncate(0)
+        self.stream.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        self.stream.flush()
+
+    def release(self) -> None:
+        """Let others in."""
+        self.stream.close()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from lora_recipes.run_dir import RunDir, read_json
 from tests.conftest import ROOT
@@ -40,13 +42,23 @@ def test_accelerate_launch_with_the_cpu_config_and_resume(write_recipe: Callable
     assert again.returncode == 0 and "0 steps to train" in again.stderr
 
 
-def test_two_processes_train_one_adapter(write_recipe: Callable[..., Path], workdir: Path):
+def test_two_processes_learn_what_one_process_learns_from_the_same_rows(
+    write_recipe: Callable[..., Path], workdir: Path
+):
+    words = ["training.use_cpu=true", "training.bf16=false", "training.train_sampling_strategy=sequential"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    ended = run([*command, ROOT / "run.py", write_recipe(), "training.use_cpu=true", "training.bf16=false"], workdir)
+    ended = run([*command, ROOT / "run.py", write_recipe("two"), *words], workdir)
     assert ended.returncode == 0, ended.stderr
     assert "8 rows = 4 a device x 1 accumulation x 2 processes" in ended.stderr
     assert ended.stderr.count("What will be trained") == 1
-    assert (RunDir.of("tiny").adapter / "adapter_model.safetensors").is_file()
+    alone = run(
+        [sys.executable, ROOT / "run.py", write_recipe("one"), *words, "training.per_device_train_batch_size=8"],
+        workdir,
+    )
+    assert alone.returncode == 0, alone.stderr
+    two, one = (load_file(RunDir.of(name).adapter / "adapter_model.safetensors") for name in ("two", "one"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_the_llama_recipe_stops_before_any_download_and_says_what_helps(workdir: Path):
@@ -90,7 +102,8 @@ def test_the_exit_code_survives_the_launcher_through_the_train_verb(write_recipe
     command = [sys.executable, "-m", "lora_recipes", "train", write_recipe(), "lora.target_modules=[q_prj]", "--json"]
     ended = run(command, workdir)
     assert ended.returncode == 2
-    assert json.loads(ended.stdout)["exit_code"] == 2
+    error = json.loads(ended.stdout)["error"]
+    assert error["exit_code"] == 2 and "'q_prj' matches no module" in error["message"]
     assert "Traceback" not in ended.stderr
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from lora_recipes.data import read_data
+from lora_recipes.data.read import read_data
+from lora_recipes.errors import RecipeError
 from lora_recipes.model.answer import generation_config
 from lora_recipes.model.build import load_base, load_tokenizer, lora_config, quantization_config
 from lora_recipes.model.machine import choose
@@ -208,7 +209,7 @@ def test_use_safetensors_refuses_other_weights(write_recipe: Callable[..., Path]
     shutil.copytree(tiny_model, workdir / "m")
     (workdir / "m" / "model.safetensors").unlink()
     keys = {"pretrained_model_name_or_path": str(workdir / "m"), "use_safetensors": True}
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(RecipeError, match="safetensors"):
         base_of(write_recipe(model=keys))
 
 

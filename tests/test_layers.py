@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "lora_recipes"
 LAYERS = [
     {"__init__", "errors"},
     {"recipe", "run_dir", "console", "process"},
-    {"data", "model", "score", "introspect"},
+    {"data", "model", "score", "trained", "introspect"},
     {"plan", "train", "generate", "merge", "status"},
     {"cli"},
     {"__main__"},

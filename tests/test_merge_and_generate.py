@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_recipes.cli import main
+from lora_recipes.errors import MachineError
 from lora_recipes.generate import generate
 from lora_recipes.merge import merge
 from lora_recipes.model.adapted import attach_adapter
@@ -163,13 +164,14 @@ def test_a_base_that_is_quantized_on_disk_is_refused(
     assert not run_dir.merged.exists()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_merge_that_does_not_answer_like_the_adapter_is_not_published(
-    write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, dtype: str
 ):
     """The positive control of the proof: a merge that loses the adapter must fail it."""
     from peft import LoraModel
 
-    path = write_recipe()
+    path = write_recipe(merge={"dtype": dtype}, training={"learning_rate": 1e-3})  # a weak adapter
     run_dir = trained(path)
     monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self, safe_merge: self.unload())
     assert main(["merge", str(path)]) == 4
@@ -225,3 +227,50 @@ def test_status_tells_what_is_proved_and_what_to_type_next(
     assert found["gates"]["merge_parity"] is True and found["gates"]["merged_equals_adapter"] is True
     assert found["verdict"] in ("passed", "failed")  # a 3-step model may well not stop
     assert found["gates"]["stops"] == (found["verdict"] == "passed")
+
+
+def test_the_dequantized_base_is_quantized_from_the_type_it_was_trained_in(write_recipe: Callable[..., Path]):
+    path = write_recipe(
+        quantization=NF4, model={"dtype": "bfloat16"}, merge={"dtype": "float32", "base": "dequantized"}
+    )
+    run_dir = trained(path)
+    report = merge(load_recipe(path))
+    recipe = load_recipe(path)
+    with torch.no_grad():
+        trained_model = attach_adapter(load_base(recipe, locate(recipe), choose(recipe)), run_dir.adapter)
+        expected = trained_model(input_ids=IDS).logits.float()
+    assert (merged_logits(run_dir) - expected).abs().max() < 0.1  # bf16 activations against float32
+    assert report["against_trained"]["mean_kl"] < 1e-4
+
+
+def test_the_steps_after_training_refuse_another_recipes_adapter(
+    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture
+):
+    path = write_recipe()
+    run_dir = trained(path)
+    for verb in ("generate", "merge"):
+        capsys.readouterr()
+        assert main([verb, str(path), "lora.lora_alpha=99"]) == 4
+        assert "lora.lora_alpha: 8 then, 99 now" in capsys.readouterr().err
+    assert not run_dir.merged.exists() and not run_dir.generations.exists()
+
+
+def test_generate_writes_nowhere_before_it_knows_that_it_can(
+    write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    path = write_recipe()
+    trained(path)
+    monkeypatch.setattr(RunDir, "require_writable", lambda self: (_ for _ in ()).throw(MachineError("read-only")))
+    assert main(["generate", str(path)]) == 3
+
+
+def test_a_stop_string_ends_an_answer(write_recipe: Callable[..., Path]):
+    path = write_recipe(generation={"max_new_tokens": 8})
+    run_dir = trained(path)
+    generate(load_recipe(path))
+    first = next(row["base"]["text"] for row in read_jsonl(run_dir.generations) if row["base"]["stopped"] == "length")[
+        0
+    ]
+    generate(load_recipe(path, [f"generation.stop_strings={json.dumps(first)}"]))
+    again = [row["base"] for row in read_jsonl(run_dir.generations) if first in row["base"]["text"]]
+    assert again and all(given["stopped"] == "eos" and given["text"].count(first) == 1 for given in again)

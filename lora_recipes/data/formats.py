@@ -68,7 +68,8 @@ def _messages_problem(messages: Any, field: str, answers_only: bool) -> str | No
 def _prompt_completion_problem(row: dict[str, Any]) -> str | None:
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
-        return None if completion.strip() else "`completion` is empty"
+        empty = [name for name, text in (("prompt", prompt), ("completion", completion)) if not text.strip()]
+        return f"`{empty[0]}` is empty" if empty else None
     if isinstance(prompt, list) and isinstance(completion, list):
         return _messages_problem(prompt, "prompt", False) or _messages_problem(completion, "completion", True)
     found = f"`prompt` is {_kind(prompt)} and `completion` is {_kind(completion)}"

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_recipes.data.formats import SPEAKER
 from lora_recipes.data.read import RawData
+from lora_recipes.data.tokens import text_spans
 from lora_recipes.recipe import Recipe
 
 
@@ -45,10 +46,11 @@ def _from_prompt(prompt: str, raw: RawData, tokenizer: PreTrainedTokenizerBase) 
 
 def _from_row(row: dict[str, Any], form: str, text_field: str, tokenizer: PreTrainedTokenizerBase) -> Question:
     if form == "text":
-        mark = [found for found in SPEAKER.finditer(row[text_field]) if found.group(1) == "Assistant"]
-        cut = mark[-1].end() if mark else len(row[text_field])
-        prompt = row[text_field][:cut]
-        return Question(prompt, tokenizer(prompt)["input_ids"], row[text_field][cut:].strip())
+        spans = text_spans(row[text_field], True, str(tokenizer.eos_token))
+        last = max((number for number, (_, trained) in enumerate(spans) if trained), default=len(spans))
+        prompt = "".join(part for part, _ in spans[:last])
+        expected = spans[last][0].removesuffix(str(tokenizer.eos_token)).strip() if last < len(spans) else None
+        return Question(prompt, tokenizer(prompt)["input_ids"], expected)
     if form == "prompt_completion" and isinstance(row["prompt"], str):
         return Question(row["prompt"], tokenizer(row["prompt"])["input_ids"], row["completion"].strip())
     messages = row["messages"] if form == "messages" else row["prompt"] + row["completion"]

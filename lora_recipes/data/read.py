@@ -1,6 +1,7 @@
 """Reads the recipe's data with `datasets` and checks every row; whatever is wrong is named by file and line."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
+from lora_recipes.data.files import local_files
 from lora_recipes.data.formats import recognise, row_problem
 from lora_recipes.errors import DataError, MachineError
 from lora_recipes.recipe import Recipe
@@ -37,14 +39,31 @@ def read_data(recipe: Recipe) -> RawData:
     heldout = _read_split(recipe, heldout_split) if heldout_split else None
     text_field = recipe.get("training.dataset_text_field", "text")
     form = recognise(train.column_names, text_field, recipe.where("dataset.data_files"))
+    _require_meaningful_loss(recipe, form, train[0])
     for split, rows in ((recipe.get("dataset.split"), train), (heldout_split, heldout)):
         if rows is None:
             continue
         try:
             _check_rows(rows, form, text_field, recipe, split)
         except UnicodeDecodeError as error:  # the reader takes any bytes; they fail when a row is looked at
-            raise DataError(_broken_file(local_files(recipe, split), error)) from None
+            raise DataError(_broken_file(recipe, local_files(recipe, split), error)) from None
     return RawData(train, heldout, form)
+
+
+def _require_meaningful_loss(recipe: Recipe, form: str, first: dict[str, Any]) -> None:
+    """A loss setting that this form of data cannot follow is refused, not ignored."""
+    completion_only = recipe.get("training.completion_only_loss")
+    where = recipe.where("training.completion_only_loss")
+    if completion_only is not None and form != "prompt_completion":
+        raise DataError(
+            f"{where}: `completion_only_loss` is for rows with `prompt` and `completion`; these are `{form}`"
+        )
+    plain = form == "prompt_completion" and isinstance(first["prompt"], str)
+    if completion_only is False and plain and recipe.get("training.assistant_only_loss"):
+        raise DataError(
+            f"{where}: `completion_only_loss: false` trains on the prompt, which `assistant_only_loss: true` excludes; "
+            "set training.assistant_only_loss=false"
+        )
 
 
 def _read_split(recipe: Recipe, split: str) -> datasets.Dataset:
@@ -52,13 +71,16 @@ def _read_split(recipe: Recipe, split: str) -> datasets.Dataset:
     keywords.pop("eval_split", None)
     keywords["split"] = split
     files = local_files(recipe, split)
+    where = recipe.where("dataset.data_files")
     for file in files:
         if not file.is_file():
-            raise DataError(f"{recipe.where('dataset.data_files')}: no such data file: {file} (seen from {Path.cwd()})")
+            raise DataError(f"{where}: no such data file: {file} (seen from {Path.cwd()})")
+        if not os.access(file, os.R_OK):
+            raise DataError(f"{where}: {file} may not be read by this user")
     try:
         rows = datasets.load_dataset(**keywords)
     except (DatasetGenerationError, UnicodeDecodeError) as error:
-        raise DataError(_broken_file(files, error)) from None
+        raise DataError(_broken_file(recipe, files, error)) from None
     except ConnectionError as error:
         raise MachineError(
             f"{recipe.where('dataset.path')}: cannot reach the data set {keywords['path']!r}: {error}"
@@ -74,16 +96,6 @@ def _named(files: list[Path]) -> str:
     return f" ({', '.join(str(file) for file in files)})" if files else ""
 
 
-def local_files(recipe: Recipe, split: str) -> list[Path]:
-    """The plain local files that `dataset.data_files` names for a split; patterns and URLs are left to `datasets`."""
-    named = recipe.get("dataset.data_files")
-    if isinstance(named, dict):
-        named = named.get(split.split("[")[0])
-    paths = [named] if isinstance(named, str) else list(named or [])
-    folder = Path(recipe.get("dataset.data_dir") or "")
-    return [folder / path for path in paths if not any(mark in path for mark in ("*", "?", "[", "://"))]
-
-
 def _check_rows(rows: datasets.Dataset, form: str, text_field: str, recipe: Recipe, split: str) -> None:
     answers_only = bool(recipe.get("training.assistant_only_loss"))
     problems = [
@@ -93,8 +105,8 @@ def _check_rows(rows: datasets.Dataset, form: str, text_field: str, recipe: Reci
     ]
     if not problems:
         return
-    places = _row_places(local_files(recipe, split), [index for index, _ in problems[:SHOWN]])
-    lines = [f"{places.get(index, f'{split} row {index + 1}')}: {problem}" for index, problem in problems[:SHOWN]]
+    places = row_places(recipe, split, [index for index, _ in problems[:SHOWN]])
+    lines = [f"{places[index]}: {problem}" for index, problem in problems[:SHOWN]]
     if len(problems) > SHOWN:
         lines.append(f"… and {len(problems) - SHOWN:,} more")
     raise DataError(
@@ -102,17 +114,18 @@ def _check_rows(rows: datasets.Dataset, form: str, text_field: str, recipe: Reci
     )
 
 
-def _row_places(files: list[Path], wanted: list[int]) -> dict[int, str]:
-    """Row index → `file:line`, for rows that lie in line-oriented local files."""
-    if not files or any(file.suffix not in (".jsonl", ".json", ".txt") for file in files):
-        return {}
-    places: dict[int, str] = {}
-    index, left = 0, set(wanted)
+def row_places(recipe: Recipe, split: str, wanted: list[int]) -> dict[int, str]:
+    """Row index → `file:line` for rows of line-oriented local files, `SPLIT row N` for all others."""
+    places = {index: f"{split} row {index + 1}" for index in wanted}
+    files = local_files(recipe, split)
+    if recipe.get("dataset.path") != "json" or "[" in split:
+        return places
+    index = 0
     for file in files:
         for number, line in _lines(file):
             if line.lstrip().startswith(b"["):
                 return places  # one JSON array: rows are not lines
-            if index in left:
+            if index in places:
                 places[index] = f"{file}:{number}"
             index += 1
     return places
@@ -126,27 +139,33 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _broken_file(files: list[Path], error: Exception) -> str:
+def _broken_file(recipe: Recipe, files: list[Path], error: Exception) -> str:
     """Find the line that broke the reader; its own message often names the wrong row and no file."""
-    for file in files:
+    for file in files if recipe.get("dataset.path") == "json" else []:
+        head = next(_lines(file), (1, b""))[1].lstrip()
+        if head.startswith(b"["):
+            if problem := _broken_json(file.read_bytes()):
+                return f"{file}:{problem}"
+            continue
         for number, line in _lines(file):
-            problem = _broken_line(line)
-            if problem:
-                return f"{file}:{number}{problem}"
-            if line.lstrip().startswith(b"["):
-                break
+            if problem := _broken_json(line.rstrip(b"\r\n"), number) or _no_object(line, number):
+                return f"{file}:{problem}"
     cause: Any = error.__cause__ or error
     return f"{', '.join(str(file) for file in files) or 'the data set'}: cannot be read: {cause}"
 
 
-def _broken_line(line: bytes) -> str | None:
+def _broken_json(text: bytes, first_line: int = 1) -> str | None:
+    """ "line:column: what is wrong" for text that is no JSON; None for text that is."""
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return f": byte {error.start + 1} is not UTF-8; save the file as UTF-8"
+        line = first_line + text[: error.start].count(b"\n")
+        return f"{line}: a byte that is not UTF-8; save the file as UTF-8"
     except json.JSONDecodeError as error:
         excerpt = error.doc[max(0, error.pos - 40) : error.pos + 40].strip()
-        return f":{error.pos + 1}: broken JSON: {error.msg}: …{excerpt}"
-    if not isinstance(value, dict | list):
-        return ": a row must be a JSON object"
+        return f"{first_line + error.lineno - 1}:{error.colno}: broken JSON: {error.msg}: …{excerpt}"
     return None
+
+
+def _no_object(line: bytes, number: int) -> str | None:
+    return None if isinstance(json.loads(line.decode("utf-8-sig")), dict) else f"{number}: a row must be a JSON object"

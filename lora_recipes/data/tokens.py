@@ -1,14 +1,18 @@
 """Checked rows become `input_ids` and `labels`; a label is -100 where the token carries no loss."""
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
+import transformers
 from accelerate import PartialState
+from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lora_recipes.data.formats import turns
-from lora_recipes.data.read import RawData
+from lora_recipes.data.read import RawData, row_places
 from lora_recipes.errors import DataError
 from lora_recipes.recipe import Recipe
 
@@ -34,9 +38,10 @@ def tokenize(raw: RawData, tokenizer: PreTrainedTokenizerBase, end_ids: set[int]
     Raises:
         DataError: the chat template is missing, or rewrites earlier turns, or leaves the end token out.
     """
-    if raw.form == "messages" and not tokenizer.chat_template:
+    chat = raw.form == "messages" or (raw.form == "prompt_completion" and not isinstance(raw.train[0]["prompt"], str))
+    if chat and not tokenizer.chat_template:
         raise DataError(
-            f"{recipe.where('model.pretrained_model_name_or_path')}: this tokenizer has no chat template, so `messages` "
+            f"{recipe.where('model.pretrained_model_name_or_path')}: this tokenizer has no chat template, so messages "
             "cannot be rendered; set training.chat_template_path to a .jinja file"
         )
     keywords = {
@@ -46,22 +51,41 @@ def tokenize(raw: RawData, tokenizer: PreTrainedTokenizerBase, end_ids: set[int]
         "completion_only": recipe.get("training.completion_only_loss") is not False,
         "end_ids": end_ids,
         "tokenizer": tokenizer,
+        "code": _code_version(),
     }
 
     def tokenized(rows: datasets.Dataset, split: str) -> datasets.Dataset:
-        return rows.map(
-            tokenize_row,
-            fn_kwargs={**keywords, "split": split},
-            with_indices=True,
-            remove_columns=rows.column_names,
-            num_proc=recipe.get("training.dataset_num_proc"),
-            desc=f"Tokenizing {split}",
-        )
+        try:
+            return rows.map(
+                tokenize_row,
+                fn_kwargs=keywords,
+                with_indices=True,
+                remove_columns=rows.column_names,
+                num_proc=recipe.get("training.dataset_num_proc"),
+                desc=f"Tokenizing {split}",
+            )
+        except RowProblem as problem:
+            raise DataError(f"{row_places(recipe, split, [problem.index])[problem.index]}: {problem.said}") from None
 
     with PartialState().main_process_first():
         train = tokenized(raw.train, recipe.get("dataset.split"))
         heldout = tokenized(raw.heldout, recipe.get("dataset.eval_split")) if raw.heldout is not None else None
     return TokenizedData(train, heldout)
+
+
+class RowProblem(DataError):
+    """A row that cannot be rendered or masked. Both arguments are kept as such, so that it crosses processes."""
+
+    def __init__(self, index: int, said: str) -> None:
+        super().__init__(index, said)
+        self.index, self.said = index, said
+
+
+def _code_version() -> str:
+    """Changes with the masking code: `datasets` caches by a function's name and arguments, not by what it calls."""
+    folder = Path(__file__).parent
+    text = "".join((folder / name).read_text(encoding="utf-8") for name in ("tokens.py", "formats.py"))
+    return hashlib.sha256(f"{transformers.__version__}{text}".encode()).hexdigest()
 
 
 def tokenize_row(
@@ -74,39 +98,52 @@ def tokenize_row(
     completion_only: bool,
     end_ids: set[int],
     tokenizer: PreTrainedTokenizerBase,
-    split: str,
+    code: str = "",
 ) -> Tokens:
-    """One row of any format → {"input_ids", "labels"}, both of the row's length in tokens."""
+    """One row of any format → {"input_ids", "labels"}, both of the row's length in tokens.
+
+    Args:
+        code: only there to make the cache notice a change of the masking code.
+
+    Raises:
+        RowProblem: the chat template refuses the row, or no mask can be trusted.
+    """
     try:
         if form == "text":
-            return _text_tokens(row[text_field], answers_only, tokenizer)
+            return _spans_tokens(text_spans(row[text_field], answers_only, _end(tokenizer)), tokenizer)
         if form == "messages":
             return _chat_tokens(row["messages"], 0, answers_only, row.get("tools"), end_ids, tokenizer)
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(prompt, str):
             return _spans_tokens([(prompt, not completion_only), (completion + _end(tokenizer), True)], tokenizer)
-        return _chat_tokens(prompt + completion, len(prompt), completion_only, row.get("tools"), end_ids, tokenizer)
-    except DataError as error:
-        raise DataError(f"{split} row {index + 1}: {error}") from None
+        first = len(prompt) if completion_only else 0
+        return _chat_tokens(
+            prompt + completion, first, completion_only or answers_only, row.get("tools"), end_ids, tokenizer
+        )
+    except (DataError, TemplateError, ValueError) as error:
+        raise RowProblem(index, str(error)) from None
 
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.eos_token or "")
 
 
-def _text_tokens(text: str, answers_only: bool, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """Each `Assistant:` turn is closed by the end token, inside the loss: without it the model goes on as `Human:`."""
+def text_spans(text: str, answers_only: bool, end: str) -> list[tuple[str, bool]]:
+    """(part, whether it carries loss) of a `Human: … / Assistant: …` text, in order.
+
+    Each `Assistant:` turn is closed by the end token, inside the loss: without it the model goes on as `Human:`.
+    """
     if not answers_only:
-        return _spans_tokens([(text + _end(tokenizer), True)], tokenizer)
+        return [(text + end, True)]
     spans: list[tuple[str, bool]] = []
     for speaker, said in turns(text):
         mark = f"{speaker}:" if speaker else ""
         if speaker == "Assistant":
             answer = said.rstrip()
-            spans += [(mark, False), (answer + _end(tokenizer), True), (said[len(answer) :], False)]
+            spans += [(mark, False), (answer + end, True), (said[len(answer) :], False)]
         else:
             spans.append((mark + said, False))
-    return _spans_tokens(_without_trailing_space(spans), tokenizer)
+    return _without_trailing_space(spans)
 
 
 def _without_trailing_space(spans: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
@@ -119,16 +156,21 @@ def _without_trailing_space(spans: list[tuple[str, bool]]) -> list[tuple[str, bo
 def _spans_tokens(spans: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """Tokenize the joined text once, as at inference, and give loss to tokens that begin inside a trained span."""
     text = "".join(part for part, _ in spans)
-    encoded = tokenizer(text, return_offsets_mapping=True)
+    encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
     ranges, position = [], 0
     for part, trained in spans:
         if trained:
             ranges.append((position, position + len(part)))
         position += len(part)
     ids = encoded["input_ids"]
+    # White space may have no width (offsets are trimmed); a token that the tokenizer added itself has none either.
+    added = [
+        special and start == end
+        for special, (start, end) in zip(encoded["special_tokens_mask"], encoded["offset_mapping"], strict=True)
+    ]
     labels = [
-        token if end > start and any(first <= start < last for first, last in ranges) else IGNORED
-        for token, (start, end) in zip(ids, encoded["offset_mapping"], strict=True)
+        token if not own and any(first <= start < last for first, last in ranges) else IGNORED
+        for token, own, (start, _) in zip(ids, added, encoded["offset_mapping"], strict=True)
     ]
     return {"input_ids": ids, "labels": labels}
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from lora_recipes.errors import RefusedError
@@ -18,11 +17,10 @@ def attach_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     Raises:
         RefusedError: the adapter is torn, holds NaN or infinity, or lacks or has keys that the model does not.
     """
-    check_adapter(folder)
-    expected_file = load_file(folder / "adapter_model.safetensors")
+    saved = check_adapter(folder)
     model = PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=False)
-    loaded = get_peft_model_state_dict(model)
-    missing, unexpected = loaded.keys() - expected_file.keys(), expected_file.keys() - loaded.keys()
+    loaded = get_peft_model_state_dict(model).keys()
+    missing, unexpected = loaded - saved, saved - loaded
     if missing or unexpected:
         raise RefusedError(
             f"{folder}: not an adapter of this model: {len(missing)} keys are missing, {len(unexpected)} are not known "
@@ -31,14 +29,16 @@ def attach_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     return model.eval()
 
 
-def check_adapter(folder: Path) -> None:
-    """Raises RefusedError when the adapter's weights cannot be read or are not finite."""
+def check_adapter(folder: Path) -> set[str]:
+    """The keys of a sound adapter. Raises RefusedError when its weights cannot be read or are not finite."""
     weights = folder / "adapter_model.safetensors"
     try:
         json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         with safe_open(weights, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+            names = set(tensors.keys())
+            for name in names:
                 if not torch.isfinite(tensors.get_tensor(name)).all():
                     raise RefusedError(f"{weights}: {name} holds NaN or infinity; the run diverged, nothing is merged")
     except (OSError, ValueError, SafetensorError) as error:
         raise RefusedError(f"{weights}: cannot be read: {error}") from None
+    return names

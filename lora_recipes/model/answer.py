@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 @dataclass(frozen=True)
 class Answer:
-    """`stopped` is "eos" when the model ended by itself, "length" when it ran into the limit."""
+    """`stopped` is "eos" when the model ended by itself (or by a stop string), "length" when it ran into the limit."""
 
     text: str
     stopped: str
@@ -42,6 +42,7 @@ def answer(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, Answer] = {}
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    stops = [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings or []
     extra = {"tokenizer": tokenizer} if config.stop_strings else {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
@@ -50,8 +51,11 @@ def answer(
             output = model.generate(**inputs, generation_config=config, **extra)
         for index, row in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
             end = next((position for position, token in enumerate(row) if token in ends), None)
+            while end is None and row and row[-1] == tokenizer.pad_token_id:  # ended by a stop string before others
+                row.pop()
             text = tokenizer.decode(row[:end], skip_special_tokens=False).strip()
-            answers[index] = Answer(text, "length" if end is None else "eos")
+            stopped = end is not None or any(stop in text for stop in stops)
+            answers[index] = Answer(text, "eos" if stopped else "length")
     return [answers[index] for index in range(len(prompts))]
 
 

@@ -23,13 +23,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lora_recipes.errors import LoraRecipesError, RecipeError
+from lora_recipes.errors import LoraRecipesError, RecipeError, machine_fault
 from lora_recipes.model.machine import Choices
 from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
 from lora_recipes.recipe.vocabulary import OWNERS
 
-_REFUSALS = (ValueError, TypeError, KeyError, ImportError, OSError, SafetensorError)
+_REFUSALS = (ValueError, ImportError, OSError, SafetensorError)
 
 
 @contextmanager
@@ -39,7 +39,13 @@ def refusals_of(recipe: Recipe, section: str) -> Iterator[None]:
         yield
     except LoraRecipesError:
         raise
+    except RuntimeError as error:
+        if "to be installed" not in str(error):  # a tracker of `report_to`; anything else is no refusal
+            raise
+        raise RecipeError(f"{recipe.where(section)}: `{section}`: {error}") from error
     except _REFUSALS as error:
+        if fault := machine_fault(error):
+            raise fault from error
         raise RecipeError(f"{recipe.where(section)}: `{section}` is refused by {OWNERS[section]}: {error}") from error
 
 
@@ -64,6 +70,13 @@ def load_tokenizer(recipe: Recipe, source: Source) -> PreTrainedTokenizerBase:
         if end not in tokenizer.get_vocab():
             raise RecipeError(f"{recipe.where('training.eos_token')}: `eos_token` {end!r} is not in the vocabulary")
         tokenizer.eos_token = end
+    where = recipe.where("model.pretrained_model_name_or_path")
+    if not tokenizer.is_fast:
+        raise RecipeError(f"{where}: this model has no fast tokenizer, which masking the prompt needs (tokenizer.json)")
+    if tokenizer.eos_token is None:
+        raise RecipeError(
+            f"{where}: this tokenizer has no end token, so no model could learn to stop; set training.eos_token"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -130,7 +143,8 @@ def load_base(
         keywords["dtype"] = dtype
     config = quantization_config(choices.quantization) if quantized else None
     if choices.device == "cpu":
-        keywords.pop("device_map", None)  # one device; `choose` has said so
+        # One device, and `choose` has said so. bitsandbytes would otherwise pick a GPU where there is one.
+        keywords["device_map"] = {"": "cpu"} if config is not None else None
         keywords.pop("max_memory", None)
     elif config is not None or PartialState().distributed_type == DistributedType.NO:
         keywords.setdefault("device_map", {"": PartialState().local_process_index})
@@ -140,6 +154,18 @@ def load_base(
     return model
 
 
+def load_merged(folder: Path, recipe: Recipe, choices: Choices) -> PreTrainedModel:
+    """The plain model that `merge` wrote, loaded as its users would, in evaluation mode."""
+    section = recipe.section("model")
+    keywords: dict[str, Any] = {
+        key: section[key] for key in ("attn_implementation", "trust_remote_code") if key in section
+    }
+    if choices.device != "cpu":
+        keywords["device_map"] = section.get("device_map", {"": 0})
+    with refusals_of(recipe, "merge"):
+        return AutoModelForCausalLM.from_pretrained(folder, **keywords).eval()
+
+
 def keep_canonical_4bit(model: torch.nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights in place on CPUs with AVX512_BF16.
 
@@ -147,11 +173,9 @@ def keep_canonical_4bit(model: torch.nn.Module) -> None:
     cut at each 4-bit layer, and merging or dequantizing reads the wrong layout, both without an error
     (bitsandbytes 0.50: nn/modules.py, Linear4bit.forward). The attribute switches that path off.
     """
-    import sys
-
-    if "bitsandbytes" not in sys.modules:
-        return  # nothing was quantized
-    import bitsandbytes as bnb
+    if not getattr(model, "is_loaded_in_4bit", False):
+        return
+    import bitsandbytes as bnb  # 3 s: only where something is 4-bit
 
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):

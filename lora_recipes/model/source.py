@@ -1,6 +1,5 @@
 """Where a model's files are: a local folder, an installed package, or the hub. Says what is missing before any load."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -46,9 +45,16 @@ def locate(recipe: Recipe) -> Source:
     missing = []
     if on_cpu(recipe) and not recipe.get("training.use_cpu"):
         missing.append("no GPU is visible (training.use_cpu=true forces the CPU)")
-    unavailable = _unavailable(named, recipe.get("model.revision"), bool(recipe.get("model.local_files_only")))
-    if unavailable:
-        missing.append(unavailable)
+    if not _cached(named, recipe):
+        offline = bool(recipe.get("model.local_files_only")) or constants.HF_HUB_OFFLINE
+        if missing:  # decided: the hub need not be asked
+            missing.append("the weights are not in the cache, and may be gated")
+        elif offline:
+            missing.append(
+                "the weights are not in the cache, and the hub is switched off (HF_HUB_OFFLINE or local_files_only)"
+            )
+        elif refused := _refused_by_hub(named):
+            missing.append(refused)
     if missing:
         raise MachineError(_missing(recipe, named, where, missing))
     return Source("hub", named, named)
@@ -82,14 +88,16 @@ def _hub_id(named: str, where: str) -> None:
         raise RecipeError(f"{where}: {named!r} is not a hub id: {error}") from None
 
 
-def _unavailable(repo_id: str, revision: str | None, local_only: bool) -> str | None:
-    """Why the weights cannot be had; None when they are in the cache or the hub lets this user have them."""
-    if isinstance(try_to_load_from_cache(repo_id, "config.json", revision=revision), str):
-        return None
-    if local_only or constants.HF_HUB_OFFLINE:
-        return "the weights are not in the cache, and the hub is switched off (HF_HUB_OFFLINE or local_files_only)"
+def _cached(repo_id: str, recipe: Recipe) -> bool:
+    """Whether weights (not only a config) are in the cache."""
+    keywords = {"cache_dir": recipe.get("model.cache_dir"), "revision": recipe.get("model.revision")}
+    files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return any(isinstance(try_to_load_from_cache(repo_id, file, **keywords), str) for file in files)
+
+
+def _refused_by_hub(repo_id: str) -> str | None:
+    """Why the hub does not give this user the weights; None when it does."""
     try:
-        os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
         auth_check(repo_id)
     except GatedRepoError:
         return f"the weights are gated: accept the licence at https://huggingface.co/{repo_id}"

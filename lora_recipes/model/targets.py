@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedConfig
 
 from lora_recipes.errors import RecipeError
-from lora_recipes.model.build import lora_config, meta_model
+from lora_recipes.model.build import lora_config, meta_model, refusals_of
 from lora_recipes.recipe import Recipe
 
 
@@ -35,6 +35,8 @@ def find_targets(recipe: Recipe, config: PreTrainedConfig) -> Targets:
             `rank_pattern` or `alpha_pattern` that matches no module. One that matches beside one that does not is
             refused as well: PEFT would train half the adapter in silence.
     """
+    with refusals_of(recipe, "lora"):
+        lora_config(recipe.section("lora"))
     base = meta_model(config, recipe)
     modules = dict(base.named_modules())
     parameters = [name for name, _ in base.named_parameters()]
@@ -59,6 +61,12 @@ def find_targets(recipe: Recipe, config: PreTrainedConfig) -> Targets:
                 problems.append(
                     f"{recipe.where(f'lora.{key}')}: `{key}`: {pattern!r} matches none of the targeted modules"
                 )
+    layers = recipe.get("lora.layers_to_transform")
+    for layer in [layers] if isinstance(layers, int) else layers or []:
+        if not any(f".{layer}." in name for name in hit):
+            problems.append(
+                f"{recipe.where('lora.layers_to_transform')}: `layers_to_transform`: no targeted module in layer {layer}"
+            )
     if problems:
         raise RecipeError("\n".join(problems))
     trainable, total = adapted.get_nb_trainable_parameters()

@@ -4,14 +4,18 @@ import argparse
 import os
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_recipes import process
-from lora_recipes.errors import EXIT_BUG, EXIT_DONE, LoraRecipesError
+from lora_recipes.errors import EXIT_BUG, EXIT_DONE, LoraRecipesError, machine_fault
 from lora_recipes.recipe import Recipe, load_recipe
 from lora_recipes.run_dir import RunDir, read_json, write_json
 
-# Where the exit code goes for a caller behind a launcher, which turns every failure into 1.
-EXIT_CODE_FILE = "LORA_RECIPES_EXIT_CODE_FILE"
+if TYPE_CHECKING:
+    from lora_recipes.train.preflight import Ready
+
+# Where exit code and message go for a caller behind a launcher, which turns every failure into 1.
+OUTCOME_FILE = "LORA_RECIPES_OUTCOME_FILE"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,10 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_intermixed_args(arguments)
-    exit_code = launch(args.recipe, args.overrides, resume=args.resume, debug=args.debug)
-    if EXIT_CODE_FILE in os.environ and _main_process():
-        Path(os.environ[EXIT_CODE_FILE]).write_text(str(exit_code), encoding="utf-8")
-    return exit_code
+    return launch(args.recipe, args.overrides, resume=args.resume, debug=args.debug)
 
 
 def launch(recipe_path: str, overrides: list[str], *, resume: bool = False, debug: bool = False) -> int:
@@ -33,7 +34,7 @@ def launch(recipe_path: str, overrides: list[str], *, resume: bool = False, debu
     process.prepare()
     from lora_recipes import console
 
-    recipe: Recipe | None = None
+    recipe, ready = None, None
     try:
         recipe = load_recipe(recipe_path, overrides)
         # Imports in the order of their cost: a machine that lacks something is told before TRL is imported (6 s).
@@ -41,31 +42,40 @@ def launch(recipe_path: str, overrides: list[str], *, resume: bool = False, debu
 
         ready = preflight(recipe, resume=resume)
         if ready is None:
-            return EXIT_DONE
+            return _ended(EXIT_DONE, "")
         from lora_recipes.train.session import train
 
         train(recipe, ready, resume=resume)
-        return EXIT_DONE
-    except LoraRecipesError as error:
+        return _ended(EXIT_DONE, "")
+    except (LoraRecipesError, MemoryError, OSError, RuntimeError) as error:
+        known = error if isinstance(error, LoraRecipesError) else machine_fault(error)
+        if known is None:
+            _record_failure(recipe, ready, EXIT_BUG, repr(error))
+            raise
         if debug:
             traceback.print_exc()
-        if _main_process():
-            console.error(str(error))
-        _record_failure(recipe, error.exit_code, str(error))
-        return error.exit_code
-    except Exception as error:
-        _record_failure(recipe, EXIT_BUG, repr(error))
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or (ready is not None and ready.opened):
+            console.error(str(known) if rank == "0" else f"[rank {rank}] {known}")
+        _record_failure(recipe, ready, known.exit_code, str(known))
+        return _ended(known.exit_code, str(known))
+    except BaseException as error:  # a bug, or Ctrl-C: the status must not say "running" for ever
+        _record_failure(recipe, ready, EXIT_BUG, repr(error))
         raise
+    finally:
+        if ready is not None and ready.lock is not None:
+            ready.lock.release()
 
 
-def _main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+def _ended(exit_code: int, message: str) -> int:
+    """Tell a caller behind the launcher how it ended."""
+    if OUTCOME_FILE in os.environ and os.environ.get("RANK", "0") == "0":
+        write_json(Path(os.environ[OUTCOME_FILE]), {"exit_code": exit_code, "message": message})
+    return exit_code
 
 
-def _record_failure(recipe: Recipe | None, exit_code: int, reason: str) -> None:
-    """Only in a run folder that this run has opened: a refused start leaves what is there as it was."""
-    if recipe is None or not _main_process():
-        return
-    status = RunDir.of(recipe.name).status
-    if read_json(status).get("state") == "running":
+def _record_failure(recipe: Recipe | None, ready: "Ready | None", exit_code: int, reason: str) -> None:
+    """Only for a run that this process has begun: a refused start leaves what is there as it was."""
+    if recipe is not None and ready is not None and ready.opened:
+        status = RunDir.of(recipe.name).status
         write_json(status, read_json(status) | {"state": "failed", "exit_code": exit_code, "reason": reason})

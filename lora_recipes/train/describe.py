@@ -6,8 +6,7 @@ from itertools import groupby
 from transformers import PreTrainedTokenizerBase
 
 from lora_recipes import console
-from lora_recipes.data import TokenizedData
-from lora_recipes.data.tokens import IGNORED
+from lora_recipes.data.tokens import IGNORED, TokenizedData
 from lora_recipes.model.machine import Choices
 from lora_recipes.train.trainer import RecipeTrainer
 
@@ -17,7 +16,8 @@ def describe(choices: Choices, trainer: RecipeTrainer, data: TokenizedData, toke
     made = [(choice.what, f"{choice.value}  ({choice.why})") for choice in choices.made]
     console.facts("What this machine made of the recipe", made)
     console.facts("What will be trained", _sizes(trainer, data))
-    ids, labels = data.train[0]["input_ids"], data.train[0]["labels"]
+    limit = trainer.args.max_length
+    ids, labels = data.train[0]["input_ids"][:limit], data.train[0]["labels"][:limit]
     runs = groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED)
     pieces = [(tokenizer.decode([token for token, _ in pairs]), trained) for trained, pairs in runs]
     console.trained_tokens(pieces, sum(label != IGNORED for label in labels), len(ids))

@@ -1,37 +1,59 @@
 """What can be refused before anything heavy is imported, downloaded or loaded: run folder, machine, model source."""
 
+import os
 from dataclasses import dataclass
 
 from lora_recipes import console
+from lora_recipes.data.files import local_files
 from lora_recipes.errors import RunError
 from lora_recipes.model.machine import Choices, choose
+from lora_recipes.model.package import file_sha256
 from lora_recipes.model.source import Source, locate
 from lora_recipes.recipe import Recipe
-from lora_recipes.run_dir import RunDir
+from lora_recipes.run_dir import Locked, RunDir
+from lora_recipes.trained import require_same_run
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ready:
-    """What this machine makes of the recipe, and where its model is."""
+    """What this machine makes of the recipe, where its model is, and the lock on the run folder (main process only).
+
+    `opened` turns true when the run has begun: from then on a failure is written to its status.json.
+    """
 
     choices: Choices
     source: Source
+    lock: Locked | None
+    opened: bool = False
 
 
 def preflight(recipe: Recipe, *, resume: bool) -> Ready | None:
     """Check that a run can begin; None when it has already ended and nothing is left to do.
 
     Raises:
-        RunError: the run folder is in use.
+        RunError: the run folder is in use, or was begun with other settings.
         MachineError: no GPU, no weights, a folder that cannot be written to.
     """
     run_dir = RunDir.of(recipe.name)
+    if resume:
+        require_same_run(recipe, run_dir, data_hashes(recipe))
     if _already_complete(run_dir, recipe, resume):
         return None
     choices = choose(recipe)
     source = locate(recipe)
     run_dir.require_writable()
-    return Ready(choices, source)
+    lock = None
+    if os.environ.get("RANK", "0") == "0":
+        lock = Locked(run_dir.lock)
+        lock.acquire(wait=False)
+    return Ready(choices, source, lock)
+
+
+def data_hashes(recipe: Recipe) -> dict[str, str]:
+    """sha256 of each local data file of the recipe that exists."""
+    splits = [split for split in (recipe.get("dataset.split"), recipe.get("dataset.eval_split")) if split]
+    files = {file for split in splits for file in local_files(recipe, split) if file.is_file()}
+    return {str(file): file_sha256(file) for file in sorted(files)}
 
 
 def _already_complete(run_dir: RunDir, recipe: Recipe, resume: bool) -> bool:

@@ -52,9 +52,10 @@ class RecordCallback(TrainerCallback):
         if state.is_world_process_zero:
             line = {"step": state.global_step, "seconds": round(time.monotonic() - self.started, 2), **logs}
             with self.run_dir.metrics.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+                stream.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
             write_status(self.run_dir, step=state.global_step)
-        for name in ("loss", "grad_norm", "eval_loss"):
+        # Under fp16 the gradient scaler makes infinite gradients on purpose, and skips those steps.
+        for name in ("loss", "eval_loss") if args.fp16 else ("loss", "eval_loss", "grad_norm"):
             if name in logs and not math.isfinite(logs[name]):
                 raise RefusedError(
                     f"step {state.global_step}: {name} is {logs[name]}; the run has diverged and is stopped, no adapter is "
@@ -67,6 +68,11 @@ class RecordCallback(TrainerCallback):
                 self.run_dir,
                 last_good_checkpoint=str(self.run_dir.checkpoints / f"checkpoint-{state.global_step}"),
             )
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: written as text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_manifest(

@@ -3,25 +3,25 @@
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
+from trl import SFTConfig
 
 from lora_recipes import console
-from lora_recipes.data import read_data, tokenize
-from lora_recipes.data.read import local_files
-from lora_recipes.errors import DataError, MachineError, RefusedError
+from lora_recipes.data.read import read_data
+from lora_recipes.data.tokens import IGNORED, TokenizedData, tokenize
+from lora_recipes.errors import DataError, MachineError, RefusedError, RunError
+from lora_recipes.model.adapted import check_adapter
 from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer, model_config, refusals_of
 from lora_recipes.model.machine import Choices
-from lora_recipes.model.package import file_sha256
 from lora_recipes.model.source import Source, materialise
 from lora_recipes.model.targets import Targets, find_targets
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir, published, staging_of, write_json, write_text
 from lora_recipes.train.describe import describe
-from lora_recipes.train.preflight import Ready
+from lora_recipes.train.preflight import Ready, data_hashes
 from lora_recipes.train.record import RecordCallback, write_manifest, write_status
 from lora_recipes.train.trainer import RecipeTrainer, build_trainer, training_arguments
 
@@ -51,18 +51,23 @@ def train(recipe: Recipe, ready: Ready, *, resume: bool) -> None:
     ends = end_token_ids(recipe, source, tokenizer)
     data = tokenize(raw, tokenizer, set(ends), recipe)
 
+    _require_learnable(recipe, args, data)
     base = load_base(recipe, source, choices)
     trainer = build_trainer(recipe, args, choices, base, tokenizer, data, [RecordCallback(run_dir)])
-    if len(trainer.train_dataset) == 0:
-        longest = f"within training.max_length ({trainer.args.max_length} tokens)"
-        raise DataError(
-            f"{recipe.where('training.max_length')}: no row has a trained token {longest}; nothing to learn"
-        )
+    last = _last_checkpoint(run_dir) if resume else None
     if trainer.is_world_process_zero():
         describe(choices, trainer, data, tokenizer)
-        _open_run(recipe, run_dir, source, choices, trainer, tokenizer)
-    _run(trainer, run_dir, resume)
-    _publish(trainer, run_dir, recipe)
+        _open_run(recipe, run_dir, source, choices, trainer, tokenizer, last)
+    ready.opened = True
+    _run(trainer, last)
+    _publish(trainer, run_dir, recipe, source)
+
+
+def _require_learnable(recipe: Recipe, args: SFTConfig, data: TokenizedData) -> None:
+    """SFTTrainer drops rows that have no trained token left, and trains on nothing in silence."""
+    if not any(label != IGNORED for labels in data.train["labels"] for label in labels[: args.max_length]):
+        where = recipe.where("training.max_length")
+        raise DataError(f"{where}: no row has a trained token within {args.max_length} tokens; nothing to learn")
 
 
 def _require_small_on_cpu(recipe: Recipe, choices: Choices, targets: Targets) -> None:
@@ -81,47 +86,48 @@ def _open_run(
     choices: Choices,
     trainer: RecipeTrainer,
     tokenizer: PreTrainedTokenizerBase,
+    last: Path | None,
 ) -> None:
-    write_text(run_dir.recipe, json.dumps(recipe.plain(), indent=2, ensure_ascii=False) + "\n")
-    files = [
-        file
-        for split in ("split", "eval_split")
-        if recipe.get(f"dataset.{split}")
-        for file in local_files(recipe, recipe.get(f"dataset.{split}"))
-    ]
-    hashes = {str(file): file_sha256(file) for file in files}
-    write_manifest(run_dir, recipe, source, tokenizer.chat_template, hashes, choices, trainer.args.seed)
-    write_status(run_dir, state="running", exit_code=None, reason="training", last_good_checkpoint=None)
+    write_status(run_dir, state="running", exit_code=None, reason="training")
+    if last is None:  # a resumed run keeps the record of its beginning
+        write_text(run_dir.recipe, json.dumps(recipe.plain(), indent=2, ensure_ascii=False) + "\n")
+        write_manifest(
+            run_dir, recipe, source, tokenizer.chat_template, data_hashes(recipe), choices, trainer.args.seed
+        )
+        write_status(run_dir, last_good_checkpoint=None)
 
 
-def _run(trainer: RecipeTrainer, run_dir: RunDir, resume: bool) -> None:
-    checkpoints = run_dir.complete_checkpoints() if resume else []
-    if resume and not checkpoints:
-        console.say(f"Nothing to resume in {run_dir.checkpoints}: starting at step 0.")
-    last = checkpoints[-1] if checkpoints else None
-    if last is not None and _finished(last):
-        console.say(f"{last} is the last step: nothing left to train.")
-        trainer.model.load_adapter(str(last), "default", is_trainable=True)
-        return
+def _last_checkpoint(run_dir: RunDir) -> Path | None:
+    """The newest checkpoint that is complete and finite; older ones are tried in turn."""
+    for checkpoint in reversed(run_dir.complete_checkpoints()):
+        try:
+            check_adapter(checkpoint)
+        except RefusedError as error:
+            console.say(f"Skipping {checkpoint}: {error}")
+        else:
+            console.say(f"Resuming from {checkpoint}.")
+            return checkpoint
+    console.say(f"Nothing to resume in {run_dir.checkpoints}: starting at step 0.")
+    return None
+
+
+def _run(trainer: RecipeTrainer, last: Path | None) -> None:
+    """Train to the last step. A checkpoint of the last step is only loaded: the Trainer would add a step to it."""
     if last is not None:
-        console.say(f"Resuming from {last}.")
-    try:
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-    except torch.OutOfMemoryError as error:
-        args = trainer.args
-        raise MachineError(
-            f"out of memory with rows of up to {args.max_length} tokens, {args.per_device_train_batch_size} at a time: {error}\n"
-            "What helps, cheapest first: training.per_device_train_batch_size=1 with a larger gradient_accumulation_steps; "
-            "training.activation_checkpointing=true; a smaller training.max_length; a 4-bit base (recipes/base/qlora.yaml)"
-        ) from None
+        state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+        if state.global_step >= state.max_steps:
+            trainer.model.load_adapter(str(last), "default", is_trainable=True)
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise RunError(
+            f"training stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; no adapter is published. "
+            "Launch again with --resume"
+        )
 
 
-def _finished(checkpoint: Path) -> bool:
-    state: dict[str, Any] = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return state["global_step"] >= state["max_steps"]
-
-
-def _publish(trainer: RecipeTrainer, run_dir: RunDir, recipe: Recipe) -> None:
+def _publish(trainer: RecipeTrainer, run_dir: RunDir, recipe: Recipe, source: Source) -> None:
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
             raise RefusedError(f"{name} holds NaN or infinity after training; no adapter is published")
@@ -130,7 +136,7 @@ def _publish(trainer: RecipeTrainer, run_dir: RunDir, recipe: Recipe) -> None:
         trainer.save_model(str(staging))
         trainer.accelerator.wait_for_everyone()
         if main:
-            _tidy(staging)
+            _tidy(staging, source)
     if main:
         step = trainer.state.global_step
         write_status(run_dir, state="complete", exit_code=0, reason="trained", step=step)
@@ -138,7 +144,7 @@ def _publish(trainer: RecipeTrainer, run_dir: RunDir, recipe: Recipe) -> None:
         console.say(f"Next: make generate merge RECIPE={recipe.path}")
 
 
-def _tidy(folder: Path) -> None:
+def _tidy(folder: Path, source: Source) -> None:
     """Only what loads an adapter: no pickle, no boilerplate card, and a config whose bytes do not vary between runs."""
     (folder / "training_args.bin").unlink(missing_ok=True)
     (folder / "README.md").unlink(missing_ok=True)

@@ -7,8 +7,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from lora_recipes.data import TokenizedData
-from lora_recipes.data.tokens import IGNORED
+from lora_recipes.data.tokens import IGNORED, TokenizedData
 from lora_recipes.model.build import lora_config, refusals_of
 from lora_recipes.model.machine import Choice, Choices
 from lora_recipes.recipe import Recipe

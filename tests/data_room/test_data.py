@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from lora_recipes.data import TokenizedData, questions, read_data, tokenize
-from lora_recipes.data.tokens import IGNORED
+from lora_recipes.data import tokens
+from lora_recipes.data.questions import questions
+from lora_recipes.data.read import read_data
+from lora_recipes.data.tokens import IGNORED, TokenizedData, tokenize
 from lora_recipes.errors import DataError, RecipeError
 from lora_recipes.model.build import end_token_ids, load_tokenizer
 from lora_recipes.model.source import locate
@@ -135,8 +137,66 @@ def test_completion_rows_carry_loss_on_the_completion(recipe_on: Callable[..., R
 
 
 def test_completion_only_loss_false_trains_on_the_prompt_too(recipe_on: Callable[..., Recipe]):
-    recipe = recipe_on([{"prompt": "2 + 2 =", "completion": " 4"}], completion_only_loss=False)
+    row = {"prompt": "2 + 2 =", "completion": " 4"}
+    recipe = recipe_on([row], completion_only_loss=False, assistant_only_loss=False)
     assert trained_text(recipe) == "2 + 2 = 4<|im_end|>"
+    with pytest.raises(DataError, match="which `assistant_only_loss: true` excludes"):
+        read_data(recipe_on([row], completion_only_loss=False))
+
+
+def test_completion_only_loss_on_rows_without_a_completion_is_refused_not_ignored(recipe_on: Callable[..., Recipe]):
+    with pytest.raises(DataError, match=r"tiny\.yaml:\d+: `completion_only_loss` is for rows with"):
+        read_data(recipe_on([GOOD], completion_only_loss=True))
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"messages": [{"role": "assistant", "content": "hi"}]}, r"rows\.jsonl:2: "),
+        ({"messages": [*GOOD["messages"], *GOOD["messages"]]}, r"rows\.jsonl:2: only two messages"),
+    ],
+    ids=["opens with the assistant", "the template raises"],
+)
+def test_a_row_that_the_template_refuses_is_named_by_file_and_line(
+    recipe_on: Callable[..., Recipe], workdir: Path, row: dict, said: str
+):
+    template = write_template(
+        workdir,
+        "{% if messages | length > 2 %}{{ raise_exception('only two messages') }}{% endif %}{% for m in messages %}"
+        "{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}",
+    )
+    with pytest.raises(DataError, match=said):
+        tokens_of(recipe_on([GOOD, row], chat_template_path=template))
+
+
+def test_white_space_inside_an_answer_carries_loss(recipe_on: Callable[..., Recipe]):
+    text = "def f():\n        return 1\n    x"
+    recipe = recipe_on([{"text": f"Human: code\nAssistant: {text}"}])
+    assert trained_text(recipe) == f" {text}<|im_end|>"
+
+
+def test_an_empty_prompt_is_refused(recipe_on: Callable[..., Recipe]):
+    with pytest.raises(DataError, match="`prompt` is empty"):
+        read_data(recipe_on([{"prompt": "", "completion": "x"}]))
+
+
+def test_a_json_array_that_breaks_is_named_by_its_line(write_recipe: Callable[..., Path], workdir: Path):
+    lines = json.dumps([GOOD] * 20, indent=1).splitlines()
+    (workdir / "array.json").write_text("\n".join([*lines[:50], "!", *lines[50:]]), encoding="utf-8")
+    recipe = load_recipe(write_recipe(dataset={"data_files": {"train": "array.json"}, "eval_split": None}))
+    with pytest.raises(DataError, match=r"^array\.json:51:\d+: broken JSON"):
+        read_data(recipe)
+
+
+def test_the_cache_of_tokens_notices_a_change_of_the_masking_code(
+    recipe_on: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+):
+    recipe = recipe_on([GOOD])
+    before = tokens_of(recipe).train.cache_files
+    assert tokens_of(recipe).train.cache_files == before
+    monkeypatch.setattr(tokens, "_code_version", lambda: "another")
+    assert tokens_of(recipe).train.cache_files != before
 
 
 def test_completions_of_messages_leave_earlier_answers_out(recipe_on: Callable[..., Recipe]):
@@ -184,7 +244,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(recipe_on: Callable[.
     template = write_template(
         workdir, "{{ messages | length }}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
     )
-    with pytest.raises(DataError, match="train row 1: the chat template renders the conversation"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template renders the conversation"):
         tokens_of(recipe_on([GOOD], chat_template_path=template))
 
 
@@ -225,4 +285,8 @@ def test_a_text_question_ends_where_the_assistant_begins(
         load_tokenizer(recipe, locate(recipe)).decode(q.input_ids)
         for q in questions(recipe, read_data(recipe), load_tokenizer(recipe, locate(recipe)))
     ]
-    assert texts == ["Human: 你好\nAssistant:", "Human: x\nAssistant:", "Human: a\nAssistant: b\nHuman: c\nAssistant:"]
+    assert texts == [
+        "Human: 你好\nAssistant:",
+        "Human: x\nAssistant:",
+        "Human: a\nAssistant: b<|im_end|>\nHuman: c\nAssistant:",
+    ]

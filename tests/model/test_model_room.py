@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from lora_recipes.errors import MachineError, RecipeError, RefusedError
 from lora_recipes.model import machine
-from lora_recipes.model.build import model_config
+from lora_recipes.model.build import load_tokenizer, model_config
 from lora_recipes.model.machine import choose
 from lora_recipes.model.source import locate, materialise
 from lora_recipes.model.targets import find_targets
@@ -42,6 +42,7 @@ def test_the_tutorials_llama_trains_8388608_parameters_which_is_an_eighth_of_a_p
         ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "matches no module"),
         ({"rank_pattern": {"q_prj": 2}}, "`rank_pattern`: 'q_prj' matches none"),
         ({"alpha_pattern": {"x": 2}}, "`alpha_pattern`: 'x' matches none"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0, 99]}, "no targeted module in layer 99"),
     ],
 )
 def test_a_name_that_matches_nothing_is_refused_with_the_real_names(
@@ -105,6 +106,53 @@ def test_a_user_who_chose_the_cpu_keeps_bf16(write_recipe: Callable[..., Path]):
 def test_what_a_cpu_cannot_do_is_refused(write_recipe: Callable[..., Path], key: str):
     with pytest.raises(MachineError, match=rf"tiny\.yaml:\d+: .*{key}"):
         choose(load_recipe(write_recipe(training={key: True, "bf16": False})))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch):
+    """A machine that says it has a GPU: enough for what `choose` decides."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+
+
+@pytest.mark.parametrize("bf16", [True, None])
+def test_a_gpu_without_bf16_is_told_what_to_set(write_recipe: Callable[..., Path], gpu: None, bf16: bool | None):
+    with pytest.raises(MachineError, match=r"has no bf16; set training\.bf16=false training\.fp16=true"):
+        choose(load_recipe(write_recipe(training={"bf16": bf16})))
+
+
+def test_on_a_gpu_fp16_training_computes_4bit_in_fp16_and_keeps_paging(write_recipe: Callable[..., Path], gpu: None):
+    training = {"bf16": False, "fp16": True, "optim": "paged_adamw_32bit"}
+    choices = choose(load_recipe(write_recipe(quantization=NF4, training=training)))
+    assert choices.device == "cuda" and choices.training["optim"] == "paged_adamw_32bit"
+    assert choices.quantization["bnb_4bit_compute_dtype"] == "float16"
+    assert "4-bit compute dtype" in {choice.what for choice in choices.made}
+
+
+def test_use_cpu_wins_over_a_gpu(write_recipe: Callable[..., Path], gpu: None):
+    choices = choose(load_recipe(write_recipe(training={"use_cpu": True, "bf16": False})))
+    assert choices.device == "cpu"
+
+
+def test_the_steps_after_training_do_not_refuse_its_precision(write_recipe: Callable[..., Path]):
+    recipe = load_recipe(write_recipe(training={"fp16": True, "bf16": False}))
+    assert choose(recipe, training=False).device == "cpu"
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(
+    write_recipe: Callable[..., Path], tiny_model: Path, workdir: Path
+):
+    import json
+    import shutil
+
+    shutil.copytree(tiny_model, workdir / "endless")
+    config = json.loads((workdir / "endless" / "tokenizer_config.json").read_text())
+    del config["eos_token"]
+    (workdir / "endless" / "tokenizer_config.json").write_text(json.dumps(config))
+    recipe = load_recipe(write_recipe(model={"pretrained_model_name_or_path": "endless"}))
+    with pytest.raises(RecipeError, match="no end token"):
+        load_tokenizer(recipe, locate(recipe))
 
 
 def test_every_paged_optimizer_has_a_fallback_that_the_schema_knows():

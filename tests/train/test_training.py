@@ -12,15 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_recipes.data import read_data, tokenize
+from lora_recipes.data.read import read_data
+from lora_recipes.data.tokens import tokenize
 from lora_recipes.errors import MachineError, RefusedError, RunError
 from lora_recipes.model.adapted import attach_adapter
-from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer
+from lora_recipes.model.build import end_token_ids, keep_canonical_4bit, load_base, load_tokenizer
 from lora_recipes.model.machine import choose
 from lora_recipes.model.source import locate
 from lora_recipes.recipe import load_recipe
-from lora_recipes.run_dir import RunDir, read_json, read_jsonl
+from lora_recipes.run_dir import Locked, RunDir, read_json, read_jsonl
 from lora_recipes.train import launch
+from lora_recipes.train.record import write_status
 from lora_recipes.train.trainer import RecipeTrainer, build_trainer, training_arguments
 from tests.conftest import NF4, ROOT
 
@@ -146,12 +148,15 @@ def test_4bit_gradients_are_the_same_before_and_after_an_evaluation(write_recipe
 
 
 def test_4bit_layers_never_take_the_path_that_repacks_weights_in_place(write_recipe: Callable[..., Path]):
-    """The bug shows only on CPUs with AVX512_BF16, so the switch itself is held too."""
+    """The bug shows only on CPUs with AVX512_BF16, so the switch itself is held: as set there, then as we leave it."""
     import bitsandbytes as bnb
 
     trainer = make_trainer(write_recipe(quantization=NF4))
     layers = [module for module in trainer.model.modules() if isinstance(module, bnb.nn.Linear4bit)]
-    assert len(layers) == 14
+    assert len(layers) == 14 and not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True
+    keep_canonical_4bit(trainer.model.get_base_model())
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
     packed = [layer.weight.data.clone() for layer in layers]
     trainer.evaluate()
@@ -212,6 +217,93 @@ def test_resume_goes_on_to_the_same_adapter_and_a_complete_run_trains_no_more(wr
     assert weights[1].stat().st_mtime_ns == stamp
 
 
+def cut_off(run_dir: RunDir) -> None:
+    """As if killed after the last checkpoint and before the adapter was published."""
+    shutil.rmtree(run_dir.adapter)
+
+
+def test_a_last_step_that_was_saved_is_published_without_training_more(write_recipe: Callable[..., Path]):
+    path = write_recipe(training={"save_strategy": "steps", "save_steps": 3})
+    assert launch(str(path), []) == 0
+    run_dir = RunDir.of("tiny")
+    weights = (run_dir.adapter / "adapter_model.safetensors").read_bytes()
+    cut_off(run_dir)
+    assert launch(str(path), [], resume=True) == 0
+    assert (run_dir.adapter / "adapter_model.safetensors").read_bytes() == weights
+    assert read_json(run_dir.status)["step"] == 3
+
+
+@pytest.mark.parametrize("word", ["training.seed=7", "lora.r=2", "training.max_steps=9", "dataset.split=train[:8]"])
+def test_resuming_with_other_settings_is_refused_with_the_difference(
+    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture, word: str
+):
+    path = write_recipe(training={"save_strategy": "steps", "save_steps": 1})
+    assert launch(str(path), []) == 0
+    kept = RunDir.of("tiny").recipe.read_text()
+    assert launch(str(path), [word], resume=True) == 2  # complete
+    cut_off(RunDir.of("tiny"))
+    capsys.readouterr()
+    assert launch(str(path), [word], resume=True) == 2  # unfinished
+    key, _, value = word.partition("=")
+    assert f"{key}: " in capsys.readouterr().err and value
+    assert RunDir.of("tiny").recipe.read_text() == kept
+
+
+def test_resuming_on_changed_data_is_refused(write_recipe: Callable[..., Path], tiny_data: dict, workdir: Path):
+    shutil.copy(tiny_data["train"], workdir / "mine.jsonl")
+    dataset = {"data_files": {"train": "mine.jsonl"}, "eval_split": None}
+    path = write_recipe(dataset=dataset, training={"save_strategy": "steps", "save_steps": 1})
+    assert launch(str(path), []) == 0
+    cut_off(RunDir.of("tiny"))
+    lines = (workdir / "mine.jsonl").read_text().splitlines()
+    (workdir / "mine.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    assert launch(str(path), [], resume=True) == 2
+
+
+def test_a_checkpoint_without_optimizer_or_with_nan_is_not_resumed(
+    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture
+):
+    path = write_recipe(training={"max_steps": 4, "save_strategy": "steps", "save_steps": 1})
+    assert launch(str(path), []) == 0
+    run_dir = RunDir.of("tiny")
+    expected = (run_dir.adapter / "adapter_model.safetensors").read_bytes()
+    cut_off(run_dir)
+    (run_dir.checkpoints / "checkpoint-4" / "optimizer.pt").unlink()
+    weights = run_dir.checkpoints / "checkpoint-3" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors[sorted(tensors)[0]][0, 0] = float("nan")
+    save_file(tensors, weights, {"format": "pt"})
+    capsys.readouterr()
+    assert launch(str(path), [], resume=True) == 0
+    shown = capsys.readouterr().err
+    assert "Skipping" in shown and "Resuming from outputs/tiny/checkpoints/checkpoint-2" in shown
+    assert (run_dir.adapter / "adapter_model.safetensors").read_bytes() == expected
+
+
+def test_two_runs_in_one_folder_are_refused_and_the_first_is_left_alone(
+    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture
+):
+    path = write_recipe()
+    run_dir = RunDir.of("tiny")
+    run_dir.root.mkdir(parents=True)
+    write_status(run_dir, state="running", step=5)
+    first = Locked(run_dir.lock)
+    first.acquire(wait=False)
+    assert launch(str(path), []) == 2
+    assert "in use by another process (pid" in capsys.readouterr().err
+    assert read_json(run_dir.status) == {"state": "running", "step": 5}
+    first.release()
+    assert launch(str(path), []) == 0
+
+
+def test_an_adapter_names_its_base_as_the_recipe_does(
+    write_recipe: Callable[..., Path], tiny_model: Path, workdir: Path
+):
+    (workdir / "base").symlink_to(tiny_model)
+    assert launch(str(write_recipe(model={"pretrained_model_name_or_path": "base"})), []) == 0
+    assert read_json(RunDir.of("tiny").adapter / "adapter_config.json")["base_model_name_or_path"] == "base"
+
+
 def test_a_run_whose_loss_is_nan_stops_and_publishes_nothing(
     write_recipe: Callable[..., Path], tiny_model: Path, workdir: Path, capsys: pytest.CaptureFixture
 ):
@@ -265,7 +357,11 @@ def test_no_status_is_written_by_a_refused_start(write_recipe: Callable[..., Pat
     [
         ("training", {"report_to": "wandb"}, "wandb"),
         ("training", {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "epoch"}, "strategy"),
-        ("lora", {"use_rslora": True, "lora_bias": True, "init_lora_weights": "olora"}, "LoRA cannot be applied"),
+        (
+            "lora",
+            {"use_rslora": True, "lora_bias": True, "init_lora_weights": "olora"},
+            "`lora` is refused by peft.LoraConfig",
+        ),
     ],
 )
 def test_what_an_owner_refuses_is_one_message_with_the_recipes_line(

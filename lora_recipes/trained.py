@@ -1,0 +1,64 @@
+"""Whether a run folder holds the run of this very recipe: what was trained is compared with what is asked now."""
+
+from typing import Any
+
+from lora_recipes.errors import RefusedError, RunError
+from lora_recipes.recipe import Recipe, load_recipe
+from lora_recipes.run_dir import RunDir, read_json
+
+# What an adapter is bound to. The other sections may change between training and the steps after it.
+ADAPTER_KEYS = ("model", "quantization", "lora")
+RUN_KEYS = (*ADAPTER_KEYS, "dataset", "training")
+
+
+def require_same_adapter(recipe: Recipe, run_dir: RunDir) -> None:
+    """Raises RefusedError when the adapter was trained on another base, or with another `lora` section.
+
+    An adapter fits every model of the same shape, without any error: only the record of the run can tell.
+    """
+    changed = _changed(recipe, run_dir, ADAPTER_KEYS)
+    if changed:
+        raise RefusedError(
+            f"{run_dir.adapter} was trained by another recipe:\n{changed}\nuse the recipe it was trained with"
+        )
+
+
+def require_same_run(recipe: Recipe, run_dir: RunDir, data: dict[str, str]) -> None:
+    """Raises RunError, with the differences, when going on would mix two runs.
+
+    Args:
+        data: sha256 of each local data file now.
+    """
+    changed = _changed(recipe, run_dir, RUN_KEYS)
+    before = read_json(run_dir.manifest).get("data", {})
+    files = [f"  {file}: the file has changed" for file in data if before.get(file) not in (None, data[file])]
+    found = "\n".join([*([changed] if changed else []), *files])
+    if found:
+        raise RunError(
+            f"{run_dir.root} was begun with other settings:\n{found}\nput them back to resume, or train under another name "
+            f"(lora-recipes new {recipe.path} NAME)"
+        )
+
+
+def _changed(recipe: Recipe, run_dir: RunDir, sections: tuple[str, ...]) -> str:
+    """One line a key that differs from the run's own recipe.yaml; "" when none does, or nothing was recorded."""
+    if not run_dir.recipe.is_file():
+        return ""
+    old = _flat({name: load_recipe(run_dir.recipe).section(name) for name in sections})
+    new = _flat({name: recipe.section(name) for name in sections})
+    absent = "unset"
+    return "\n".join(
+        f"  {key}: {old.get(key, absent)} then, {new.get(key, absent)} now ({recipe.where(key)})"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, absent) != new.get(key, absent)
+    )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
