@@ -265,11 +265,14 @@ def test_generate_writes_nowhere_before_it_knows_that_it_can(
 
 
 def test_a_stop_string_ends_an_answer(write_recipe: Callable[..., Path]):
-    path = write_recipe(generation={"max_new_tokens": 8})
+    path = write_recipe(training={"max_steps": 60}, generation={"max_new_tokens": 8})  # enough to write something
     run_dir = trained(path)
     generate(load_recipe(path))
-    texts = [row["base"]["text"] for row in read_jsonl(run_dir.generations)]
-    first = next(text for text in texts if text)[0]
+    before = [row["adapter"] for row in read_jsonl(run_dir.generations)]
+    assert {given["stopped"] for given in before} == {"length"}
+    first = before[0]["text"][0]
     generate(load_recipe(path, [f"generation.stop_strings={json.dumps(first)}"]))
-    again = [row["base"] for row in read_jsonl(run_dir.generations) if first in row["base"]["text"]]
-    assert again and all(given["stopped"] == "eos" and given["text"].count(first) == 1 for given in again)
+    after = [row["adapter"] for row in read_jsonl(run_dir.generations)]
+    for long, short in zip(before, after, strict=True):  # the token that holds the stop string is kept
+        assert short["stopped"] == "eos" and first in short["text"]
+        assert long["text"].startswith(short["text"]) and len(short["text"]) < len(long["text"])
