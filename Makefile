@@ -6,14 +6,15 @@ RECIPE ?= recipes/smollm2-135m-lora.yaml
 ARGS   ?=
 CONFIG ?=
 
-VERBS := check show plan generate merge status
+VERBS := check show plan audit preview generate merge status
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev demo test proofs lint schema data train new $(VERBS)
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z$$][a-zA-Z$$()_-]*:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@printf "  %-12s %s\n" "check show plan generate merge status" ""
+	@printf "  %-12s %s\n" "check show plan audit preview" ""
+	@printf "  %-12s %s\n" "generate merge status" ""
 	@printf "  %-12s %s\n" "" "the verb of the same name on RECIPE=recipes/NAME.yaml, extra words in ARGS="
 
 $(BIN)/lora-recipes: pyproject.toml constraints.txt

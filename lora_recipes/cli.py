@@ -53,9 +53,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print exactly one JSON object on stdout")
     parser.add_argument("--resume", action="store_true", help="train: go on from the last complete checkpoint")
     parser.add_argument("--config_file", help="train: an accelerate config, such as accelerate_configs/cpu.yaml")
+    parser.add_argument("-n", type=_count, metavar="N", help="preview: how many rows (5)")
+    parser.add_argument("--row", type=_count, metavar="K", help="preview: the training row with this number, from 1")
+    parser.add_argument("--html", action="store_true", help="preview: also write the rows to outputs/NAME/preview.html")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=__version__)
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 on, found {text!r}")
+    return int(text)
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
@@ -111,12 +120,17 @@ def show(args: argparse.Namespace) -> int:
             args,
             {
                 "recipe": recipe.plain(),
-                "origins": {key: str(origin) for key, origin in recipe.origins.items() if "." in key},
+                "origins": {key: str(origin) for key, origin in recipe.origins.items() if _is_value(recipe, key)},
             },
         )
     else:
         sys.stdout.write(render(recipe) + "\n")
     return EXIT_DONE
+
+
+def _is_value(recipe: Recipe, key: str) -> bool:
+    """Sections and sources have origins as well, which only messages need."""
+    return "." in key and not isinstance(recipe.get(key), dict)
 
 
 def new(args: argparse.Namespace) -> int:
@@ -171,6 +185,26 @@ def plan(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def audit(args: argparse.Namespace) -> int:
+    """look at every row: what will be learnt, what is wrong; no weights, no GPU"""
+    recipe = _recipe(args)
+    from lora_recipes.audit import audit as run
+
+    report = run(recipe)
+    _emit(args, report)
+    return EXIT_USER if report["problems"] else EXIT_DONE
+
+
+def preview(args: argparse.Namespace) -> int:
+    """show rows as the model will see them, the worst cases first"""
+    recipe = _recipe(args)
+    from lora_recipes.audit.preview import ROWS
+    from lora_recipes.audit.preview import preview as run
+
+    _emit(args, run(recipe, count=args.n or ROWS, row=args.row, page=args.html))
+    return EXIT_DONE
+
+
 def generate(args: argparse.Namespace) -> int:
     """ask base, adapter and merged model the same questions, and score them"""
     recipe = _recipe(args)
@@ -204,5 +238,5 @@ def status(args: argparse.Namespace) -> int:
 
 
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
-    verb.__name__: verb for verb in (check, show, new, plan, train, generate, merge, status)
+    verb.__name__: verb for verb in (check, show, new, plan, audit, preview, train, generate, merge, status)
 }

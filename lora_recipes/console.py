@@ -1,6 +1,7 @@
 """What the user sees. People read stderr; with `--json` stdout holds one JSON object."""
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,6 +9,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f\u061c\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
+HISTOGRAM_WIDTH = 40  # characters
+WORST_SHOWN = 12
+ADVICE = {
+    "packing": "training.packing: true",
+    "group_by_length": "training.train_sampling_strategy: group_by_length",
+    "as it comes": "leave it as it is",
+}
 
 _stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -44,23 +54,119 @@ def facts(title: str, rows: Iterable[tuple[str, str]]) -> None:
     _stderr.print(table)
 
 
-def trained_tokens(pieces: Iterable[tuple[str, bool]], trained_count: int, count: int) -> None:
-    """A training example with the text that carries loss in green, the rest dim; the legend counts tokens."""
-    text = Text("One training example, ", style="bold")
+def example(title: str, row: Any) -> None:
+    """A row (`data.show.ShownRow`) with the text that carries loss in green, the rest dim, control tokens underlined."""
+    text = Text(f"{title}, ", style="bold")
     text.append("green = trained", style="bold green")
-    text.append(f" ({trained_count} of {count} tokens)\n", style="bold")
-    for piece, trained in pieces:
-        text.append(piece.replace("\x1b", "␛"), style="green" if trained else "dim")
+    text.append(f" ({row.trained} of {len(row.input_ids)} tokens)\n", style="bold")
+    for piece in row.pieces:
+        style = ("green" if piece.trained else "dim") + (" underline" if piece.control else "")
+        text.append(_visible(piece.text), style=style)
     _stderr.print(text)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], styles: Sequence[str] = ()) -> None:
+def _visible(text: str) -> str:
+    """Escape sequences and characters that reorder text are shown, never obeyed by the terminal."""
+    return UNSAFE.sub(lambda match: "␛" if match.group() == "\x1b" else f"<U+{ord(match.group()):04X}>", text)
+
+
+def audit(name: str, report: dict[str, Any]) -> None:
+    """The report of `data.audit.audit`: counts, lengths as bars, the worst rows, what is wrong."""
+    for source in report["sources"]:
+        told = [
+            (
+                "rows",
+                f"{source['rows']:,} read, {source['train_rows']:,} to train on, {source['heldout_rows']:,} held out",
+            ),
+            ("format", source["format"]),
+            ("chat template", source["template"]),
+            ("loss", source["masked_by"]),
+            ("tokens", f"{source['tokens']:,}, {source['trained_tokens']:,} with loss"),
+        ]
+        if source["bad_rows"]:
+            told.append(("bad rows", ", ".join(f"{count:,} {kind}" for kind, count in source["bad_rows"].items())))
+        if source["weight"] != 1 or len(report["sources"]) > 1:
+            told.append(("an epoch", f"weight {source['weight']:g}: {source['epoch_rows']:,} rows"))
+        facts(source["name"], told)
+    facts(name, _totals(report))
+    if report["lengths"]:
+        _histogram(report["lengths"]["histogram"], report["max_length"])
+    if report["worst"]:
+        rows = [
+            [found["place"], found["why"], f"{found['tokens']:,}", f"{found['trained_tokens']:,}"]
+            for found in report["worst"]
+        ]
+        table("Rows to look at", ["where", "why", "tokens", "trained"], rows[:WORST_SHOWN], lines=False)
+    for warning in report["warnings"]:
+        say(f"note: {warning['text']}", "yellow")
+    for problem in report["problems"]:
+        say(f"problem: {problem['text']}", "red")
+    if not report["problems"]:
+        say("Nothing is in the way of training.", "bold green")
+
+
+def _totals(report: dict[str, Any]) -> list[tuple[str, str]]:
+    limit, lengths, padding = report["max_length"], report["lengths"], report["padding"]
+    told = [
+        (
+            "rows",
+            f"{report['train_rows']:,} to train on, {report['heldout_rows']:,} held out, {report['bad_rows']:,} bad",
+        ),
+        ("an epoch", f"{report['epoch_rows']:,} rows, {report['epoch_tokens']:,} tokens"),
+        ("tokens with loss", f"{report['trained_tokens']:,} of {report['tokens']:,} ({report['trained_percent']} %)"),
+    ]
+    if limit:
+        told.append(
+            (
+                f"over {limit} tokens",
+                f"{report['rows_truncated']:,} rows, {report['answers_truncated']:,} of them within an answer; "
+                f"{report['tokens_truncated']:,} tokens beyond the limit",
+            )
+        )
+    told += [
+        ("without loss", f"{report['rows_without_loss']:,} rows"),
+        ("without end token", f"{report['rows_without_end']:,} rows"),
+        ("duplicates", f"{report['duplicates']:,} rows"),
+        ("overlap", f"{report['overlap']:,} held-out rows are trained on"),
+    ]
+    if lengths:
+        told.append(
+            ("tokens a row", ", ".join(f"{key} {lengths[key]:,}" for key in ("mean", "p50", "p90", "p99", "max")))
+        )
+    if padding:
+        told.append(
+            (
+                f"padding, batch {padding['per_device_train_batch_size']}",
+                f"{100 * padding['waste']:.1f} % of each batch; {100 * padding['waste_grouped_by_length']:.1f} % grouped by "
+                f"length; packed: {padding['packed_rows']:,} rows, {100 * padding['packed_fill']:.1f} % full. "
+                f"Suggested: {ADVICE[padding['advice']]}",
+            )
+        )
+    return told
+
+
+def _histogram(bins: list[dict[str, int]], limit: int | None) -> None:
+    """Bars of row counts by length in tokens."""
+    most = max(entry["rows"] for entry in bins)
+    text = Text("Tokens a row\n", style="bold")
+    for entry in bins:
+        width = round(HISTOGRAM_WIDTH * entry["rows"] / most) or (1 if entry["rows"] else 0)
+        over = limit is not None and entry["up_to"] > limit
+        text.append(f"  up to {entry['up_to']:>6,}  ", style="cyan")
+        text.append("█" * width, style="red" if over else "green")
+        text.append(f" {entry['rows']:,}\n")
+    _stderr.print(text)
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], styles: Sequence[str] = (), *, lines: bool = True
+) -> None:
     """A table of plain texts; whatever a model wrote is shown, never interpreted as markup."""
-    drawn = Table(title=title, title_justify="left", title_style="bold", show_lines=True)
+    drawn = Table(title=title, title_justify="left", title_style="bold", show_lines=lines)
     for index, column in enumerate(columns):
         drawn.add_column(column, overflow="fold", style=styles[index] if index < len(styles) else None)
     for row in rows:
-        drawn.add_row(*(Text(cell.replace("\x1b", "␛")) for cell in row))
+        drawn.add_row(*(Text(_visible(cell)) for cell in row))
     _stderr.print(drawn)
 
 

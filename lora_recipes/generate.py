@@ -3,8 +3,8 @@
 from typing import Any
 
 from lora_recipes import console
+from lora_recipes.data.load import load_data
 from lora_recipes.data.questions import Question, questions
-from lora_recipes.data.read import read_data
 from lora_recipes.errors import RunError
 from lora_recipes.model.adapted import attach_adapter
 from lora_recipes.model.answer import Answer, answer, generation_config
@@ -34,13 +34,12 @@ def generate(recipe: Recipe) -> dict[str, Any]:
     require_same_adapter(recipe, run_dir)
     run_dir.require_writable()
     choices = choose(recipe, training=False)
-    raw = read_data(recipe)
     source = materialise(locate(recipe))
     tokenizer = load_tokenizer(recipe, source)
-    asked = questions(recipe, raw, tokenizer)
+    ends = end_token_ids(recipe, source, tokenizer)
+    asked = questions(load_data(recipe, tokenizer, set(ends)))
     if not asked:
         raise RunError(f"{recipe.path}: nothing to ask; set generation.prompts or dataset.eval_split")
-    ends = end_token_ids(recipe, source, tokenizer)
     config = generation_config(recipe.section("generation"), ends, tokenizer)
     settings = (config, recipe.get("generation.batch_size", BATCH_SIZE), recipe.get("training.seed", 42))
 

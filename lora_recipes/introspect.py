@@ -52,6 +52,15 @@ def build_schema() -> dict[str, Any]:
         "merge": SAVE_KEYWORDS,
     }
     sections = {name: _section(name, properties) for name, properties in owned.items()}
+    source = sections["dataset"] | {"type": "object"}
+    sections["dataset"] = {
+        "description": f"{source['description']} A list of mappings is a mixture of sources.",
+        "anyOf": [
+            {"$ref": "#/$defs/dataset"},
+            {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/dataset"}},
+            {"type": "null"},
+        ],
+    }
     extends = {
         "type": "string",
         "description": "The parent recipe, relative to this file. Mappings merge; lists and scalars replace; `null` drops a section.",
@@ -63,13 +72,14 @@ def build_schema() -> dict[str, Any]:
         "type": "object",
         "additionalProperties": False,
         "properties": {"extends": extends, **sections},
+        "$defs": {"dataset": source},
     }
 
 
 def _section(name: str, properties: dict[str, dict[str, Any]]) -> dict[str, Any]:
     kept = {key: dict(value) for key, value in properties.items() if key not in REFUSED[name]}
     for key, looser in TYPES.get(name, {}).items():
-        kept[key] = looser | {k: v for k, v in kept[key].items() if k == "description"}
+        kept[key] = {k: v for k, v in kept[key].items() if k == "description"} | looser
     for key, bounds in BOUNDS.get(name, {}).items():
         kept[key].update(bounds)
     for key, value in OWN_KEYS.get(name, {}).items():

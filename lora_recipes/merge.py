@@ -12,8 +12,8 @@ from torch.nn.functional import kl_div
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_recipes import console
+from lora_recipes.data.load import load_data
 from lora_recipes.data.questions import Question, questions
-from lora_recipes.data.read import read_data
 from lora_recipes.errors import RefusedError, RunError
 from lora_recipes.model.adapted import attach_adapter, check_adapter
 from lora_recipes.model.answer import answer, generation_config
@@ -79,8 +79,8 @@ def merge(recipe: Recipe) -> dict[str, Any]:
     source = materialise(locate(recipe))
     _refuse_quantized(recipe, source)
     tokenizer = load_tokenizer(recipe, source)
-    asked = _parity_questions(recipe, tokenizer)
     ends = end_token_ids(recipe, source, tokenizer)
+    asked = _parity_questions(recipe, tokenizer, ends)
     greedy = generation_config({"max_new_tokens": recipe.get("generation.max_new_tokens", 64)}, ends, tokenizer)
 
     model = attach_adapter(_merge_base(recipe, source, choices), run_dir.adapter)
@@ -151,8 +151,8 @@ def _make_servable(model: PreTrainedModel, ends: list[int], tokenizer: PreTraine
     )
 
 
-def _parity_questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Question]:
-    found = questions(recipe, read_data(recipe), tokenizer)[:PARITY_PROMPTS]
+def _parity_questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> list[Question]:
+    found = questions(load_data(recipe, tokenizer, set(ends)))[:PARITY_PROMPTS]
     if found:
         return found
     return [Question(text, tokenizer(text)["input_ids"], None) for text in FALLBACK_PROMPTS]

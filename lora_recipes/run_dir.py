@@ -1,6 +1,7 @@
 """The run folder `outputs/<recipe>/`: its layout, and writes that are either whole or not there at all."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -63,6 +64,14 @@ class RunDir:
         return self.root / "parity.json"
 
     @property
+    def audit(self) -> Path:
+        return self.root / "audit.json"
+
+    @property
+    def rejected(self) -> Path:
+        return self.root / "rejected.jsonl"
+
+    @property
     def lock(self) -> Path:
         return self.root / ".lock"
 
@@ -107,6 +116,18 @@ def _is_complete(checkpoint: Path) -> bool:
         checkpoint.glob("rng_state*")
     )
     return states and all((checkpoint / name).is_file() for name in needed)
+
+
+def cache_folder(name: str) -> Path:
+    """Where things that can be made again are kept between runs."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "lora-recipes" / name
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class Locked:

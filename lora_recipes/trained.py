@@ -57,6 +57,8 @@ def _changed(recipe: Recipe, run_dir: RunDir, sections: tuple[str, ...]) -> str:
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
+        if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+            value = {str(index): item for index, item in enumerate(value)} or value
         if isinstance(value, dict) and value:
             flat |= _flat(value, f"{prefix}{name}.")
         else:

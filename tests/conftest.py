@@ -94,7 +94,7 @@ def write_recipe(tiny_model: Path, tiny_data: dict[str, str], workdir: Path) -> 
             "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
             "dataset": {"path": "json", "data_files": tiny_data, "split": "train", "eval_split": "heldout"},
             "training": {
-                "max_length": 128,
+                "max_length": 160,
                 "max_steps": 3,
                 "per_device_train_batch_size": 4,
                 "learning_rate": 1e-2,

@@ -21,7 +21,7 @@ lora:
   target_modules: all-linear
 dataset:
   path: json
-  split: train
+  data_files: rows.jsonl
 training:
   learning_rate: 2e-4
 """
@@ -157,7 +157,7 @@ def test_show_in_json_has_values_and_origins(recipe: str, capsys: pytest.Capture
         "recipe": {
             "model": {"pretrained_model_name_or_path": "org/tiny"},
             "lora": {"target_modules": "all-linear", "rank_pattern": {"q_proj": 4}},
-            "dataset": {"path": "json", "split": "train"},
+            "dataset": {"path": "json", "data_files": "rows.jsonl"},
             "training": {"learning_rate": 0.0002, "seed": 3},
         },
         "origins": {
@@ -165,7 +165,7 @@ def test_show_in_json_has_values_and_origins(recipe: str, capsys: pytest.Capture
             "lora.target_modules": "tiny.yaml:4",
             "lora.rank_pattern.q_proj": "child.yaml:3",
             "dataset.path": "tiny.yaml:6",
-            "dataset.split": "tiny.yaml:7",
+            "dataset.data_files": "tiny.yaml:7",
             "training.learning_rate": "tiny.yaml:9",
             "training.seed": "command line (training.seed=3)",
         },

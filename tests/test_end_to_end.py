@@ -66,6 +66,7 @@ def test_the_llama_recipe_stops_before_any_download_and_says_what_helps(workdir:
     cached = Path.home() / ".cache" / "huggingface" / "hub" / "models--meta-llama--Llama-2-7b-chat-hf"
     if cached.exists():
         pytest.skip("this machine has the weights")
+    (workdir / "data").symlink_to(ROOT / "data")
     ended = run([*LAUNCH, "-q", ROOT / "run.py", ROOT / "recipes" / "llama2-7b-qlora.yaml"], workdir)
     assert ended.returncode != 0
     assert "Traceback" not in ended.stderr

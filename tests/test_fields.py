@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from lora_recipes.data.read import read_data
+from lora_recipes.data.audit import audit
+from lora_recipes.data.chat_templates import settle
+from lora_recipes.data.load import LoadedData, load_data
 from lora_recipes.errors import RecipeError
 from lora_recipes.model.answer import generation_config
-from lora_recipes.model.build import load_base, load_tokenizer, lora_config, quantization_config
+from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer, lora_config, quantization_config
 from lora_recipes.model.machine import choose
 from lora_recipes.model.source import locate
 from lora_recipes.recipe import load_recipe
@@ -114,12 +116,9 @@ TRAINING_COMPANIONS: dict[str, dict[str, Any]] = {
 }
 # SFTConfig itself refuses these where there is no GPU, or no process group.
 NOT_BUILT_HERE = ("tf32", "fp16", "fp16_full_eval", "bf16_full_eval", "ddp_backend")
-SINGLE_CHOICE = ("truncation_mode",)  # the other choices are deprecated, so there is no second value
 
 
-@pytest.mark.parametrize(
-    "key", [key for key in section_keys("training") if key not in (*CONSUMED, *NOT_BUILT_HERE, *SINGLE_CHOICE)]
-)
+@pytest.mark.parametrize("key", [key for key in section_keys("training") if key not in (*CONSUMED, *NOT_BUILT_HERE)])
 def test_training_key_reaches_the_sft_config(key: str, workdir: Path):
     from trl import SFTConfig
 
@@ -252,31 +251,111 @@ def test_chat_template_and_end_token_reach_the_tokenizer(write_recipe: Callable[
     (workdir / "t.jinja").write_text("{{ messages[0]['content'] }}")
     recipe = load_recipe(write_recipe(training={"chat_template_path": "t.jinja", "eos_token": "<|endoftext|>"}))
     tokenizer = load_tokenizer(recipe, locate(recipe))
+    settle(tokenizer, recipe, "messages", chat=True)
     assert tokenizer.chat_template == "{{ messages[0]['content'] }}"
     assert tokenizer.eos_token == "<|endoftext|>"
 
 
-def test_dataset_keys_reach_load_dataset(write_recipe: Callable[..., Path], workdir: Path, tiny_data: dict[str, str]):
-    cases: list[tuple[dict[str, Any], Callable[[Any], bool]]] = [
-        ({"split": "train[:5]"}, lambda raw: len(raw.train) == 5),
-        ({"eval_split": "heldout[:2]"}, lambda raw: len(raw.heldout) == 2),
-        ({"eval_split": None}, lambda raw: raw.heldout is None),
-        ({"cache_dir": "here"}, lambda raw: raw.train.cache_files[0]["filename"].startswith(str(workdir / "here"))),
-        ({"keep_in_memory": True}, lambda raw: raw.train.cache_files == []),
-        ({"name": "mine"}, lambda raw: "mine" in raw.train.config_name),
-        ({"num_proc": 1}, lambda raw: len(raw.train) == 24),
-        ({"download_mode": "force_redownload"}, lambda raw: len(raw.train) == 24),
-        ({"verification_mode": "no_checks"}, lambda raw: len(raw.train) == 24),
-        ({"storage_options": {}}, lambda raw: len(raw.train) == 24),
-    ]
-    for keys, holds in cases:
-        assert holds(read_data(load_recipe(write_recipe(dataset=keys)))), keys
+def loaded(path: Path) -> tuple[LoadedData, dict[str, Any]]:
+    recipe = load_recipe(path)
+    source = locate(recipe)
+    tokenizer = load_tokenizer(recipe, source)
+    data = load_data(recipe, tokenizer, set(end_token_ids(recipe, source, tokenizer)))
+    return data, audit(data, 1, 1)
 
 
-def test_data_dir_is_where_the_files_are(write_recipe: Callable[..., Path], tiny_data: dict[str, str]):
-    folder = str(Path(tiny_data["train"]).parent)
-    keys = {"data_dir": folder, "data_files": {"train": "train.jsonl", "heldout": "heldout.jsonl"}}
-    assert len(read_data(load_recipe(write_recipe(dataset=keys))).train) == 24
+def kinds(report: dict[str, Any]) -> set[str]:
+    return {problem["kind"] for problem in report["problems"]}
+
+
+ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
+LONG = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes no " * 99}]}
+CONTROL = {"messages": [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "yes"}]}
+# Key of `dataset` → (rows of the training file, None for the demo data; other keys; what tells its effect).
+DATASET_CASES: dict[str, tuple[list[Any] | None, dict[str, Any], Callable[[LoadedData, dict[str, Any]], bool]]] = {
+    "split": (None, {"split": "train[:5]"}, lambda data, report: report["train_rows"] == 5),
+    "eval_split": (None, {"eval_split": 0.25}, lambda data, report: report["heldout_rows"] == 6),
+    "weight": (None, {"weight": 2}, lambda data, report: len(data.train()) == 48),
+    "format": (
+        [{**ROW, "text": "Human: a\nAssistant: b"}],
+        {"format": "text"},
+        lambda data, r: data.train()[0]["labels"][-3] != 0,
+    ),
+    "columns": (
+        [{"q": "hi", "a": "yes"}],
+        {"columns": {"prompt": "q", "completion": "a"}},
+        lambda data, r: len(data.train()) == 1,
+    ),
+    "bad_rows": (
+        [ROW, {"messages": []}],
+        {"bad_rows": "skip"},
+        lambda data, report: report["train_rows"] == 1 and not kinds(report),
+    ),
+    "max_bad_fraction": (
+        [ROW, {"messages": []}],
+        {"bad_rows": "skip", "max_bad_fraction": 0.1},
+        lambda data, report: kinds(report) == {"max_bad_fraction"},
+    ),
+    "truncation": ([ROW, LONG], {"truncation": "keep_start"}, lambda data, r: len(data.train()[1]["input_ids"]) == 160),
+    "max_truncated_fraction": (
+        [ROW, LONG],
+        {"truncation": "drop", "max_truncated_fraction": 0.1},
+        lambda data, report: kinds(report) == {"max_truncated_fraction"},
+    ),
+    "max_duplicate_fraction": (
+        [ROW, ROW],
+        {"max_duplicate_fraction": 0.1},
+        lambda data, report: kinds(report) == {"max_duplicate_fraction"},
+    ),
+    "overlap": (
+        [ROW],
+        {"data_files": {"train": "rows.jsonl", "same": "rows.jsonl"}, "eval_split": "same", "overlap": "allow"},
+        lambda data, report: report["overlap"] == 1 and not kinds(report),
+    ),
+    "control_tokens": ([CONTROL], {"control_tokens": "escape"}, lambda data, report: not kinds(report)),
+    "streaming": (None, {"streaming": True}, lambda data, report: not hasattr(data.train(), "__len__")),
+    "data_dir": (
+        None,
+        {"data_dir": "inner", "data_files": {"train": "a.jsonl"}, "eval_split": None},
+        lambda data, report: report["rows"] == 1,
+    ),
+    "data_files": ([ROW], {}, lambda data, report: report["rows"] == 1),
+    "path": ([ROW], {"path": "text", "format": "text"}, lambda data, report: kinds(report) == {"bad_rows", "no_rows"}),
+}
+HUB_KEYS = ("name", "cache_dir", "revision")
+
+
+@pytest.mark.parametrize("key", DATASET_CASES)
+def test_dataset_key_has_an_effect_on_the_rows(key: str, write_recipe: Callable[..., Path], workdir: Path):
+    rows, keys, holds = DATASET_CASES[key]
+    (workdir / "inner").mkdir()
+    (workdir / "inner" / "a.jsonl").write_text(json.dumps(ROW) + "\n")
+    if rows is not None:
+        (workdir / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        keys = {"data_files": {"train": "rows.jsonl"}, "eval_split": None} | keys
+    data, report = loaded(write_recipe(dataset=keys))
+    assert holds(data, report), report["problems"]
+
+
+def test_hub_keys_reach_load_dataset(write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
+    """No hub here: the call must carry the keys, and it alone knows what they mean."""
+    import datasets
+
+    seen: dict[str, Any] = {}
+
+    def spy(**keywords: Any) -> Any:
+        seen.update(keywords)
+        return datasets.Dataset.from_list([ROW])
+
+    monkeypatch.setattr(datasets, "load_dataset", spy)
+    keys = {"name": "mine", "cache_dir": "here", "revision": "a" * 40, "data_files": "x.parquet", "data_dir": "inner"}
+    data, report = loaded(write_recipe(dataset=keys | {"path": "org/data", "eval_split": None}))
+    assert keys.items() <= seen.items() and seen["path"] == "org/data"
+    assert report["rows"] == 1 and data.sources[0].train.prepared.place(0) == "org/data train row 1"
+
+
+def test_every_dataset_key_is_tested_here():
+    assert set(section_keys("dataset")) == {*DATASET_CASES, *HUB_KEYS}
 
 
 def test_hints_of_nested_lora_sections_are_classes_that_peft_has():

@@ -12,7 +12,7 @@ LAYERS = [
     {"__init__", "errors"},
     {"recipe", "run_dir", "console", "process"},
     {"data", "model", "score", "trained", "introspect"},
-    {"plan", "train", "generate", "merge", "status"},
+    {"plan", "audit", "train", "generate", "merge", "status"},
     {"cli"},
     {"__main__"},
 ]

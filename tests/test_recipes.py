@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lora_recipes.cli import main
-from lora_recipes.data.read import local_files
+from lora_recipes.data.files import local_files, sources
 from lora_recipes.recipe import load_recipe
 from lora_recipes.recipe.nodes import parse_file
 from tests.conftest import ROOT
@@ -23,10 +23,9 @@ def at_root(monkeypatch: pytest.MonkeyPatch):
 def test_recipe_is_sound(path: Path, capsys: pytest.CaptureFixture):
     assert main(["check", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"ok": True, "problems": []}
-    recipe = load_recipe(path)
-    for split in ("split", "eval_split"):
-        if recipe.get(f"dataset.{split}"):
-            assert all(file.is_file() for file in local_files(recipe, recipe.get(f"dataset.{split}")))
+    for source in sources(load_recipe(path)):
+        for split in (source.split, source.eval_split):
+            assert split is None or local_files(source, str(split))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -1,22 +1,156 @@
-"""Which local files a recipe's data lies in; light, since it is asked before `datasets` is imported."""
+"""Which files a source's rows lie in; light, since it is asked before anything heavy is imported."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from lora_recipes.errors import DataError
 from lora_recipes.recipe import Recipe
 
-FILE_BUILDERS = ("json", "csv", "parquet", "text", "arrow")
+FILE_BUILDERS = ("json", "csv", "parquet", "arrow", "text")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+KINDS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+}
 
 
-def local_files(recipe: Recipe, split: str) -> list[Path]:
-    """The plain local files that `dataset.data_files` names for a split; patterns and URLs are left to `datasets`.
+@dataclass(frozen=True)
+class DataFile:
+    """A local file and the reader that suits it."""
 
-    Empty for a hub data set or a folder, whose `data_files` are relative to it.
+    path: Path
+    kind: str  # one of FILE_BUILDERS
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data source of a recipe: a mapping under `dataset`, or one entry of the list there.
+
+    Attributes:
+        key: dotted key in the recipe, "dataset" or "dataset.0".
+        keys: its keys.
     """
-    if recipe.get("dataset.path") not in FILE_BUILDERS:
+
+    key: str
+    keys: dict[str, Any]
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """What people know it by: its files or its hub id."""
+        named = self.keys.get("data_files")
+        if isinstance(named, dict):
+            named = named.get(self.split.split("[")[0], named)
+        text = named if isinstance(named, str) else ", ".join(map(str, named or [])) if named else self.keys["path"]
+        return text if len(text) <= 60 else f"{text[:57]}..."
+
+    @property
+    def split(self) -> str:
+        """The split that is trained on."""
+        return self.keys.get("split") or "train"
+
+    @property
+    def eval_split(self) -> str | float | None:
+        """A split's name, a share of the rows, or None."""
+        return self.keys.get("eval_split")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The source's own key, or the default when it is unset."""
+        value = self.keys.get(key)
+        return default if value is None else value
+
+    def where(self, key: str) -> str:
+        """`file:line` of one of the source's keys."""
+        return self.recipe.where(f"{self.key}.{key}")
+
+    def is_hub(self) -> bool:
+        """Whether the rows are read from the hub or its cache."""
+        return self.keys["path"] not in FILE_BUILDERS and not Path(self.keys["path"]).is_dir()
+
+
+def sources(recipe: Recipe) -> list[Source]:
+    """The recipe's data sources, in its order."""
+    return [Source(key, keys, recipe) for key, keys in recipe.datasets()]
+
+
+def local_files(source: Source, split: str) -> list[DataFile]:
+    """The local files of a split, patterns resolved and sorted; [] for a hub data set.
+
+    Args:
+        split: a split's name; a slice in brackets is ignored.
+
+    Raises:
+        DataError: no such file, no file that a pattern matches, no such split.
+    """
+    base = split.split("[")[0]
+    if source.is_hub():
         return []
-    named = recipe.get("dataset.data_files")
+    if source.keys["path"] not in FILE_BUILDERS:
+        return list(_folder_files(source, Path(source.keys["path"]), base))
+    named = source.keys.get("data_files")
     if isinstance(named, dict):
-        named = named.get(split.split("[")[0])
-    paths = [named] if isinstance(named, str) else list(named or [])
-    folder = Path(recipe.get("dataset.data_dir") or "")
-    return [folder / path for path in paths if not any(mark in path for mark in ("*", "?", "[", "://"))]
+        if base not in named:
+            raise DataError(f"{source.where('data_files')}: there is no split `{base}`; splits: {', '.join(named)}")
+        named = named[base]
+    elif base != "train":
+        raise DataError(
+            f"{source.where('data_files')}: there is no split `{base}`: files without names are all `train`; write "
+            f"data_files: {{train: ..., {base}: ...}}"
+        )
+    patterns = [named] if isinstance(named, str) else list(named or [])
+    folder = Path(source.keys.get("data_dir") or "")
+    paths = [path for pattern in patterns for path in _matching(source, folder, pattern)]
+    return [DataFile(path, source.keys["path"]) for path in dict.fromkeys(paths)]
+
+
+def _matching(source: Source, folder: Path, pattern: str) -> list[Path]:
+    path = folder / pattern
+    if path.is_file():
+        return [path]
+    where = source.where("data_files")
+    if path.is_dir():
+        suffixes = [suffix for suffix, kind in KINDS.items() if kind == source.keys["path"]]
+        found = [file for file in sorted(path.rglob("*")) if _suffix(file) in suffixes]
+        if not found:
+            raise DataError(f"{where}: no {source.keys['path']} file ({', '.join(suffixes)}) in the folder {path}")
+        return found
+    if any(mark in pattern for mark in "*?["):
+        base = Path("/") if path.is_absolute() else Path()
+        found = sorted(file for file in base.glob(str(path).lstrip("/")) if file.is_file())
+        if not found:
+            raise DataError(f"{where}: no file matches {path} (seen from {Path.cwd()})")
+        return found
+    raise DataError(f"{where}: no such data file: {path} (seen from {Path.cwd()})")
+
+
+def _suffix(path: Path) -> str:
+    """The suffix under that of a compression."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+
+
+def _folder_files(source: Source, folder: Path, split: str) -> Iterator[DataFile]:
+    """The files of a data set folder. `datasets` knows which file names and folders mean which split."""
+    from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
+
+    where = source.where("path")
+    base = (folder / (source.keys.get("data_dir") or "")).resolve()
+    try:
+        found = DataFilesDict.from_patterns(get_data_patterns(str(base)), base_path=str(base))
+    except (EmptyDatasetError, FileNotFoundError) as error:
+        raise DataError(f"{where}: no data files in the folder {folder}: {error}") from None
+    splits = {name: [Path(file) for file in files if _suffix(Path(file)) in KINDS] for name, files in found.items()}
+    splits = {str(name): files for name, files in splits.items() if files}
+    if split not in splits:
+        known = ", ".join(splits) or f"none (known endings: {', '.join(KINDS)})"
+        raise DataError(f"{where}: the folder {folder} has no split `{split}`; splits found: {known}")
+    for file in sorted(splits[split]):
+        shown = Path(source.keys["path"]) / file.relative_to(folder.resolve())
+        yield DataFile(shown, KINDS[_suffix(file)])

@@ -1,14 +1,11 @@
 """What a trained model is asked: the held-out rows without their last answer, and the recipe's own prompts."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import islice
 
-from transformers import PreTrainedTokenizerBase
-
-from lora_recipes.data.formats import SPEAKER
-from lora_recipes.data.read import RawData
-from lora_recipes.data.tokens import text_spans
-from lora_recipes.recipe import Recipe
+from lora_recipes.data.formats import SPEAKER, Conversation, marked_messages
+from lora_recipes.data.load import LoadedData, SourceRows, used_rows
+from lora_recipes.data.masks import Masker
 
 
 @dataclass(frozen=True)
@@ -20,51 +17,40 @@ class Question:
     expected: str | None
 
 
-def questions(recipe: Recipe, raw: RawData, tokenizer: PreTrainedTokenizerBase) -> list[Question]:
+def questions(data: LoadedData) -> list[Question]:
     """The recipe's `generation.prompts`, then up to `generation.max_rows` held-out rows in file order."""
-    asked = [_from_prompt(prompt, raw, tokenizer) for prompt in recipe.get("generation.prompts", [])]
-    if raw.heldout is None:
-        return asked
+    recipe = data.recipe
+    asked = [_from_prompt(prompt, data.sources[0]) for prompt in recipe.get("generation.prompts", [])]
     limit = recipe.get("generation.max_rows")
-    rows = raw.heldout if limit is None else raw.heldout.select(range(min(limit, len(raw.heldout))))
-    text_field = recipe.get("training.dataset_text_field", "text")
-    return asked + [_from_row(row, raw.form, text_field, tokenizer) for row in rows]
-
-
-def _from_prompt(prompt: str, raw: RawData, tokenizer: PreTrainedTokenizerBase) -> Question:
-    """A bare prompt is put into the form of the training rows, with their system message where they have one."""
-    if raw.form == "text":
-        text = prompt if SPEAKER.search(prompt) else f"Human: {prompt}\nAssistant:"
-        return Question(prompt, tokenizer(text)["input_ids"], None)
-    first = raw.train[0]
-    opening = first["messages"] if raw.form == "messages" else first["prompt"]
-    if isinstance(opening, str):
-        return Question(prompt, tokenizer(prompt)["input_ids"], None)
-    system = [message for message in opening[:1] if message["role"] == "system"]
-    return _from_chat([*system, {"role": "user", "content": prompt}], None, tokenizer, first.get("tools"))
-
-
-def _from_row(row: dict[str, Any], form: str, text_field: str, tokenizer: PreTrainedTokenizerBase) -> Question:
-    if form == "text":
-        spans = text_spans(row[text_field], True, str(tokenizer.eos_token))
-        last = max((number for number, (_, trained) in enumerate(spans) if trained), default=len(spans))
-        prompt = "".join(part for part, _ in spans[:last])
-        expected = spans[last][0].removesuffix(str(tokenizer.eos_token)).strip() if last < len(spans) else None
-        return Question(prompt, tokenizer(prompt)["input_ids"], expected)
-    if form == "prompt_completion" and isinstance(row["prompt"], str):
-        return Question(row["prompt"], tokenizer(row["prompt"])["input_ids"], row["completion"].strip())
-    messages = row["messages"] if form == "messages" else row["prompt"] + row["completion"]
-    last = max(
-        (number for number, message in enumerate(messages) if message["role"] == "assistant"),
-        default=len(messages),
+    rows = (
+        _from_row(conversation, held.masker)
+        for held in data.sources
+        if held.heldout is not None
+        for conversation in used_rows(held.heldout, limit)
     )
-    expected = (messages[last].get("content") or "").strip() if last < len(messages) else None
-    return _from_chat(messages[:last], expected, tokenizer, row.get("tools"))
+    return asked + list(islice((question for question in rows if question), limit))
 
 
-def _from_chat(
-    messages: list[dict[str, Any]], expected: str | None, tokenizer: PreTrainedTokenizerBase, tools: Any
-) -> Question:
-    ids = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
-    text = next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
-    return Question(text, ids, expected)
+def _from_prompt(prompt: str, rows: SourceRows) -> Question:
+    """A bare prompt is put into the form of the training rows, with their system message where they have one."""
+    first = next(used_rows(rows.train, 1), None)
+    if first is None or not first.messages:
+        return Question(prompt, rows.masker.tokenizer(prompt)["input_ids"], None)
+    marked = marked_messages(prompt) if SPEAKER.search(prompt) else []
+    messages = [message for message in marked if message["content"]] or [{"role": "user", "content": prompt}]
+    system = [message for message in first.messages[:1] if message["role"] == "system" != messages[0]["role"]]
+    asked = replace(first, messages=[*system, *messages])
+    return Question(prompt, rows.masker.prompt_ids(asked), None)
+
+
+def _from_row(row: Conversation, masker: Masker) -> Question | None:
+    """None for a row that was tokenized before: nobody knows where its answer begins."""
+    if row.input_ids is not None:
+        return None
+    if row.text is not None:
+        return Question(row.text, masker.tokenizer(row.text)["input_ids"], None)
+    answers = [number for number, message in enumerate(row.messages) if message["role"] == "assistant"]
+    last = answers[-1] if answers else len(row.messages)
+    expected = row.messages[last]["content"].strip() if answers else None
+    asked = [message["content"] for message in row.messages[:last] if message["role"] == "user"]
+    return Question(asked[-1] if asked else "", masker.prompt_ids(replace(row, messages=row.messages[:last])), expected)

@@ -53,18 +53,13 @@ _HUB_KEYS = ("revision", "trust_remote_code", "cache_dir", "local_files_only", "
 
 
 def load_tokenizer(recipe: Recipe, source: Source) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with the recipe's chat template and end token, and a pad token (else the end token).
+    """The model's tokenizer, with the recipe's end token, and a pad token (else the end token).
 
     Raises:
-        RecipeError: the template file is missing, or the end token is not in the vocabulary.
+        RecipeError: the end token is not in the vocabulary.
     """
     with refusals_of(recipe, "model"):
         tokenizer = AutoTokenizer.from_pretrained(source.location, **_hub_keywords(recipe))
-    template = recipe.get("training.chat_template_path")
-    if template:
-        if not Path(template).is_file():
-            raise RecipeError(f"{recipe.where('training.chat_template_path')}: no such file: {template}")
-        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
     end = recipe.get("training.eos_token")
     if end:
         if end not in tokenizer.get_vocab():

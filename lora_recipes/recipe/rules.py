@@ -1,48 +1,69 @@
 """Rules that hold between keys of a recipe: each a small function that names both keys and the way out."""
 
+import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+from lora_recipes.errors import EXIT_REFUSED, EXIT_USER
 from lora_recipes.recipe.nodes import Node
 from lora_recipes.recipe.problem import Origin, Problem
 
-Values = dict[str, dict[str, Any]]
-Finding = tuple[str, str, str]  # (dotted key that the finding points at, message, hint)
+Values = dict[str, Any]
+
+
+class Finding(NamedTuple):
+    """What is wrong with a dotted key, the way out, and the exit code it leads to."""
+
+    key: str
+    message: str
+    hint: str = ""
+    exit_code: int = EXIT_USER
 
 
 def rule_problems(root: Node, file: str) -> list[Problem]:
     """Findings of all rules. Runs only on a recipe whose keys and types are right.
 
-    A finding about a key that is not there points at the file the user named.
+    A finding about a key that is not there points at the source in the list it belongs to, else at the file the user
+    named.
     """
     values: Values = {name: node.plain() for name, node in root.value.items()}
     problems = []
     for rule in RULES:
-        for key, message, hint in rule(values):
-            steps: list[str | int] = list(key.split("."))
+        for found in rule(values):
+            steps: list[str | int] = [int(step) if step.isdecimal() else step for step in found.key.split(".")]
             node = root.find(steps)
-            written = node is not root.find(steps[:-1])
-            problems.append(Problem(node.key if written else Origin(file), key, message, hint))
+            written = node is not root.find(steps[:-1]) or any(isinstance(step, int) for step in steps)
+            origin = node.key if written else Origin(file)
+            if found.exit_code == EXIT_REFUSED and not origin.line:
+                origin = Origin("command line")  # without the word: a URL in it may hold a password
+            problems.append(Problem(origin, *found))
     return problems
+
+
+def _sources(values: Values) -> list[tuple[str, dict[str, Any]]]:
+    """(dotted key, keys) of each source, whether `dataset` is one mapping or a list of them."""
+    dataset = values.get("dataset", {})
+    if isinstance(dataset, list):
+        return [(f"dataset.{index}", source) for index, source in enumerate(dataset)]
+    return [("dataset", dataset)]
 
 
 def _required(values: Values) -> Iterator[Finding]:
     if not values.get("model", {}).get("pretrained_model_name_or_path"):
-        yield (
+        yield Finding(
             "model.pretrained_model_name_or_path",
             "is missing",
             "name a hub id, a local folder or package:NAME",
         )
-    if not values.get("dataset", {}).get("path"):
-        yield "dataset.path", "is missing", "name a builder such as `json` with data_files, or a hub id"
-    if values.get("dataset") and not values["dataset"].get("split"):
-        yield "dataset.split", "is missing", "write `split: train`"
+    for prefix, source in _sources(values):
+        if not source.get("path"):
+            yield Finding(f"{prefix}.path", "is missing", "name a builder such as `json` with data_files, or a hub id")
 
 
 def _one_precision(values: Values) -> Iterator[Finding]:
     training = values.get("training", {})
     if training.get("fp16") and training.get("bf16"):
-        yield (
+        yield Finding(
             "training.fp16",
             "and `training.bf16` are both true",
             "keep one: bf16 where the GPU has it, fp16 on T4 and V100",
@@ -54,9 +75,9 @@ def _one_quantization(values: Values) -> Iterator[Finding]:
     if quantization is None:
         return
     if quantization.get("load_in_4bit") and quantization.get("load_in_8bit"):
-        yield "quantization.load_in_4bit", "and `quantization.load_in_8bit` are both true", "keep one"
+        yield Finding("quantization.load_in_4bit", "and `quantization.load_in_8bit` are both true", "keep one")
     elif not quantization.get("load_in_4bit") and not quantization.get("load_in_8bit"):
-        yield (
+        yield Finding(
             "quantization.load_in_4bit",
             "is not set, so nothing would be quantized",
             "set it, or drop the section: `quantization: null`",
@@ -66,58 +87,62 @@ def _one_quantization(values: Values) -> Iterator[Finding]:
 def _lora_targets(values: Values) -> Iterator[Finding]:
     lora = values.get("lora")
     if lora is None:
-        yield (
+        yield Finding(
             "lora",
             "is missing: full fine-tuning is not supported yet",
             "extend base/lora.yaml or base/qlora.yaml",
         )
         return
     if not lora.get("target_modules") and not lora.get("target_parameters"):
-        yield "lora.target_modules", "is missing", "write `target_modules: all-linear`, or list the layers"
+        yield Finding("lora.target_modules", "is missing", "write `target_modules: all-linear`, or list the layers")
     targets = lora.get("target_modules")
     if "lm_head" in (targets if isinstance(targets, list) else [targets]):
-        yield (
+        yield Finding(
             "lora.target_modules",
             "holds `lm_head`, which SFTTrainer's loss reads directly, so its adapter would never train",
             "use `modules_to_save: [lm_head]`",
         )
     if lora.get("init_lora_weights") in ("eva", "corda", "lora_ga", "loftq"):
-        yield (
+        yield Finding(
             "lora.init_lora_weights",
             "needs an initialisation step before training, which this runner does not run yet; without it PEFT trains plain LoRA",
-            "",
         )
     if lora.get("task_type") not in (None, "CAUSAL_LM"):
-        yield "lora.task_type", "must be CAUSAL_LM: recipes fine-tune causal language models", ""
+        yield Finding("lora.task_type", "must be CAUSAL_LM: recipes fine-tune causal language models")
 
 
 def _evaluation(values: Values) -> Iterator[Finding]:
-    training, dataset = values.get("training", {}), values.get("dataset", {})
+    training, sources = values.get("training", {}), _sources(values)
     wanted = training.get("eval_strategy", "no") != "no" or training.get("eval_on_start")
-    if wanted and not dataset.get("eval_split"):
-        yield (
+    if wanted and not any(source.get("eval_split") for _, source in sources):
+        yield Finding(
             "training.eval_strategy",
             "needs held-out rows",
-            "set `dataset.eval_split`, or `eval_strategy: 'no'`",
+            f"set `{sources[0][0]}.eval_split`, or `eval_strategy: 'no'`",
         )
     if training.get("load_best_model_at_end") and not wanted:
-        yield "training.load_best_model_at_end", "needs `training.eval_strategy`", ""
-    if dataset.get("eval_split") and dataset.get("eval_split") == dataset.get("split"):
-        yield "dataset.eval_split", "is the training split itself", "name a split that is not trained on"
+        yield Finding("training.load_best_model_at_end", "needs `training.eval_strategy`")
+    for prefix, source in sources:
+        if source.get("eval_split") == source.get("split", "train"):
+            yield Finding(
+                f"{prefix}.eval_split",
+                "is the training split itself",
+                "name a split that is not trained on, or a share such as 0.05",
+            )
 
 
 def _packing(values: Values) -> Iterator[Finding]:
     training = values.get("training", {})
     if training.get("eval_packing") and not training.get("packing"):
-        yield (
+        yield Finding(
             "training.eval_packing",
             "without `training.packing` lets documents see each other in TRL's evaluation",
             "set both or neither",
         )
     if training.get("packing") and training.get("max_length", 0) is None:
-        yield "training.packing", "needs a `training.max_length`, the length of a packed row", ""
+        yield Finding("training.packing", "needs a `training.max_length`, the length of a packed row")
     if training.get("padding_free") and not training.get("packing") and training.get("max_length", 0) is not None:
-        yield (
+        yield Finding(
             "training.padding_free",
             "does not cut rows at `training.max_length`",
             "set `packing: true`, or `max_length: null`",
@@ -129,16 +154,15 @@ def _remote_code(values: Values) -> Iterator[Finding]:
     revision = str(model.get("revision", ""))
     pinned = len(revision) == 40 and all(character in "0123456789abcdef" for character in revision)
     if model.get("trust_remote_code") and not pinned:
-        yield (
+        yield Finding(
             "model.trust_remote_code",
             "runs code from the hub, so it needs `model.revision` pinned to a commit (40 hex digits)",
-            "",
         )
 
 
 def _merge_base(values: Values) -> Iterator[Finding]:
     if values.get("merge", {}).get("base") == "dequantized" and not values.get("quantization", {}).get("load_in_4bit"):
-        yield "merge.base", "is `dequantized`, which needs `quantization.load_in_4bit`", "drop the key"
+        yield Finding("merge.base", "is `dequantized`, which needs `quantization.load_in_4bit`", "drop the key")
 
 
 def _generation(values: Values) -> Iterator[Finding]:
@@ -146,18 +170,155 @@ def _generation(values: Values) -> Iterator[Finding]:
     if generation is None:
         return
     if not generation.get("max_new_tokens"):
-        yield (
+        yield Finding(
             "generation.max_new_tokens",
             "is missing: an answer that never ends needs a limit",
             "write `max_new_tokens: 128`",
         )
     sampling = [key for key in ("temperature", "top_p", "top_k") if generation.get(key) is not None]
     if sampling and not generation.get("do_sample"):
-        yield (
+        yield Finding(
             f"generation.{sampling[0]}",
             "has no effect without `generation.do_sample: true`",
             "set do_sample, or drop it",
         )
+
+
+# Builders of datasets that read the files in `data_files` and nothing else.
+LOCAL_BUILDERS = ("json", "csv", "parquet", "arrow", "text")
+
+
+def _local_files(values: Values) -> Iterator[Finding]:
+    for prefix, source in _sources(values):
+        builder = source.get("path")
+        if builder not in LOCAL_BUILDERS:
+            continue
+        if not source.get("data_files"):
+            yield Finding(
+                f"{prefix}.data_files",
+                f"is missing: `path: {builder}` reads the files that it names",
+                "write data_files: {train: my.jsonl}",
+            )
+        for key in ("name", "revision", "cache_dir"):
+            if source.get(key) is not None:
+                yield Finding(
+                    f"{prefix}.{key}", f"has no effect with `path: {builder}`, which reads local files", "drop it"
+                )
+
+
+# (ending of a file's name, why it is refused, the safe way)
+_UNSAFE_ENDINGS = (
+    (
+        r"\.(pkl|pickle|pt|pth|npy|npz|joblib)",
+        "a pickle, which runs code when it is read",
+        "JSONL or Parquet is data only",
+    ),
+    (r"\.py", "a script, which runs code when it is read", "write its rows to JSONL or Parquet yourself"),
+    (
+        r"\.(zip|tar|tgz|tbz2|txz|tar\.\w+|7z|rar)",
+        "an archive, which can write outside its folder",
+        "unpack it yourself and name the files in it",
+    ),
+)
+_UNSAFE_BUILDERS = ("pandas", "pickle")
+
+
+def _unsafe_files(values: Values) -> Iterator[Finding]:
+    """Refused for security: data must be data when it is read, and the same data the next time."""
+    for prefix, source in _sources(values):
+        if source.get("path") in _UNSAFE_BUILDERS:
+            yield Finding(
+                f"{prefix}.path",
+                f"`{source['path']}` reads pickles, which run code when they are read",
+                "convert the rows to JSONL or Parquet",
+                EXIT_REFUSED,
+            )
+        for key in ("path", "data_dir", "data_files"):
+            for text in _texts(source.get(key)):
+                if reason := _unsafe(text):
+                    yield Finding(f"{prefix}.{key}", *reason, EXIT_REFUSED)
+
+
+def _unsafe(text: str) -> tuple[str, str] | None:
+    """(message, hint) about a path or file name that must not be read. A URL is not repeated: it may hold a password."""
+    schemes = [scheme for scheme in re.findall(r"([^:/]*)://", text) if scheme != "hf"]
+    if schemes:
+        return (
+            f"names a URL ({schemes[0]}), whose content is not pinned and can change",
+            "download the file, check its sha256 and name the copy",
+        )
+    for ending, what, way_out in _UNSAFE_ENDINGS:
+        if re.search(ending + r"[\s/]*$", text, re.IGNORECASE):
+            return f"names {what}: '{text}'", way_out
+    return None
+
+
+def _texts(value: Any) -> list[str]:
+    """All texts in a value of `data_files`: a text, a list of them, or a mapping to either."""
+    if isinstance(value, dict):
+        return [text for child in value.values() for text in _texts(child)]
+    if isinstance(value, list):
+        return [text for child in value for text in _texts(child)]
+    return [value] if value else []
+
+
+def _streaming(values: Values) -> Iterator[Finding]:
+    training, sources = values.get("training", {}), _sources(values)
+    streamed = [prefix for prefix, source in sources if source.get("streaming")]
+    if not streamed:
+        return
+    key = f"{streamed[0]}.streaming"
+    others = [prefix for prefix, _ in sources if prefix not in streamed]
+    if others:
+        yield Finding(key, f"is true, but not in `{others[0]}`", "stream all sources or none")
+    if training.get("max_steps", -1) < 1:
+        yield Finding(
+            key, "needs `training.max_steps`: how many rows come is not known before", "write max_steps: 1000"
+        )
+    if training.get("train_sampling_strategy") == "group_by_length":
+        yield Finding(
+            "training.train_sampling_strategy",
+            f"has no effect with `{key}`: rows that are not read yet have no length",
+            "drop one of the two",
+        )
+
+
+def _row_limits(values: Values) -> Iterator[Finding]:
+    for prefix, source in _sources(values):
+        if source.get("max_bad_fraction") is not None and source.get("bad_rows") != "skip":
+            yield Finding(
+                f"{prefix}.max_bad_fraction",
+                "has no effect without `bad_rows: skip`: the first bad row stops",
+                "set bad_rows, or drop it",
+            )
+        if source.get("max_truncated_fraction") is not None and source.get("truncation") not in ("drop", "keep_start"):
+            yield Finding(
+                f"{prefix}.max_truncated_fraction",
+                "has no effect without `truncation: drop` or `keep_start`: the first long row stops",
+                "set truncation, or drop it",
+            )
+
+
+def _truncation(values: Values) -> Iterator[Finding]:
+    if values.get("training", {}).get("max_length", 0) is not None:
+        return
+    for prefix, source in _sources(values):
+        if source.get("truncation") is not None:
+            yield Finding(
+                f"{prefix}.truncation",
+                "has no effect with `training.max_length: null`: no row is too long",
+                "set a max_length, or drop it",
+            )
+
+
+def _control_tokens(values: Values) -> Iterator[Finding]:
+    for prefix, source in _sources(values):
+        if source.get("control_tokens") == "keep" and source.get("format") != "text":
+            yield Finding(
+                f"{prefix}.control_tokens",
+                "is `keep`, with which a row of any form but plain text could forge a turn of the dialogue",
+                "write `format: text` if the rows are, or `control_tokens: escape`",
+            )
 
 
 RULES: list[Callable[[Values], Iterator[Finding]]] = [
@@ -170,4 +331,10 @@ RULES: list[Callable[[Values], Iterator[Finding]]] = [
     _remote_code,
     _merge_base,
     _generation,
+    _local_files,
+    _unsafe_files,
+    _streaming,
+    _row_limits,
+    _truncation,
+    _control_tokens,
 ]

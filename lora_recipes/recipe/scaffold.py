@@ -46,7 +46,7 @@ def _child_text(source: Path, target: Path, overrides: list[str]) -> str:
         f"extends: {dump_inline(os.path.relpath(source, target.parent))}",
     ]
     if overrides:
-        lines += ["", dump_block(overrides_tree(overrides).plain())]
+        lines += ["", dump_block(overrides_tree(source, overrides).plain())]
     else:
         lines += ["", "# model:", "#   pretrained_model_name_or_path: OWNER/NAME"]
     return "\n".join(lines) + "\n"

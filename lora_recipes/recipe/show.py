@@ -20,6 +20,11 @@ def _entries(values: dict[str, Any], key: str, depth: int, recipe: Recipe) -> li
         if isinstance(value, dict) and value:
             lines.append((start, ""))
             lines += _entries(value, path, depth + 1, recipe)
+        elif isinstance(value, list) and value and all(isinstance(item, dict) and item for item in value):
+            lines.append((start, ""))
+            for index, item in enumerate(value):
+                (first, origin), *more = _entries(item, f"{path}.{index}", depth + 2, recipe)
+                lines += [(f"{'  ' * (depth + 1)}- {first.lstrip()}", origin), *more]
         else:
             origin = recipe.where(path).replace("\n", "\\n")  # an override may hold a line break
             lines.append((f"{start} {dump_inline(value)}", origin))

@@ -17,12 +17,71 @@ OWNERS = {
 
 _DTYPE = {"enum": ["float32", "float16", "bfloat16"]}
 _NAME = {"type": "string", "minLength": 1}
+_FRACTION = {"type": "number", "minimum": 0, "maximum": 1}
 
 # The keys no upstream class owns. Few on purpose: a key here is a thing the libraries do not have.
 OWN_KEYS: dict[str, dict[str, dict[str, Any]]] = {
     "dataset": {
-        "eval_split": {"type": ["string", "null"], "minLength": 1}
-        | {"description": "Split of the same source that is held out: evaluation loss and the score of `generate`."},
+        "eval_split": {
+            "anyOf": [
+                _NAME,
+                {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+                {"type": "null"},
+            ],
+            "description": "What is held out for the evaluation loss and the score of `generate`: a split of the same "
+            "source, or a seeded share of its rows such as 0.05.",
+        },
+        "weight": {
+            "type": "number",
+            "exclusiveMinimum": 0,
+            "description": "How often each row of this source is seen in an epoch: 2 twice, 0.5 a seeded half. Unset: 1.",
+        },
+        "format": {
+            "enum": [
+                "text",
+                "messages",
+                "prompt_completion",
+                "alpaca",
+                "sharegpt",
+                "question_answer",
+                "input_ids",
+            ],
+            "description": "Form of the rows. Unset: recognised by the columns.",
+        },
+        "columns": {
+            "type": "object",
+            "additionalProperties": _NAME,
+            "description": "Field of the format to the column that holds it, such as "
+            "`{prompt: question, completion: answer}`.",
+        },
+        "bad_rows": {
+            "enum": ["error", "skip"],
+            "description": "What a row that cannot be trained on does: stop (default), or be left out and written to "
+            "rejected.jsonl.",
+        },
+        "max_bad_fraction": _FRACTION
+        | {
+            "description": "Largest share of rows that `bad_rows: skip` may leave out. "
+            "Unset: no limit but one row must remain."
+        },
+        "truncation": {
+            "enum": ["error", "drop", "keep_start"],
+            "description": "What happens to a row longer than `training.max_length`: error (default), the row is left "
+            "out, or its end is cut off.",
+        },
+        "max_truncated_fraction": _FRACTION
+        | {"description": "Largest share of rows that `truncation` may drop or cut. Unset: no limit."},
+        "max_duplicate_fraction": _FRACTION
+        | {"description": "Largest share of rows that repeat an earlier row. Unset: no limit."},
+        "overlap": {
+            "enum": ["error", "allow"],
+            "description": "What a held-out row that is also a training row does. Unset: error.",
+        },
+        "control_tokens": {
+            "enum": ["error", "escape", "keep"],
+            "description": "What a control token of the tokenizer written inside a row's text does: error (default), "
+            "become plain text, or (`format: text` only) stay a control token.",
+        },
     },
     "generation": {
         "prompts": {
@@ -130,11 +189,14 @@ TYPES: dict[str, dict[str, dict[str, Any]]] = {
                 {"type": "null"},
             ]
         },
-        "split": {"type": "string", "minLength": 1},
+        "split": _NAME | {"description": "Split that is trained on. Unset: `train`."},
         "path": _NAME,
+        "streaming": {
+            "type": "boolean",
+            "description": "Read rows as they are needed and keep no tokens on disk; needs `training.max_steps`.",
+        },
     },
     "training": {
-        "truncation_mode": {"enum": ["keep_start"]},
         "loss_type": {"enum": ["nll", "dft"]},
         "debug": {"type": "string"},
     },
@@ -156,7 +218,6 @@ BOUNDS: dict[str, dict[str, Any]] = {
         "lora_dropout": SHARE,
     },
     "quantization": {"llm_int8_threshold": NOT_NEGATIVE},
-    "dataset": {"num_proc": AT_LEAST_ONE},
     "training": {
         "per_device_train_batch_size": AT_LEAST_ONE,
         "per_device_eval_batch_size": AT_LEAST_ONE,
@@ -234,7 +295,11 @@ REFUSED: dict[str, dict[str, str]] = {
         "features": "takes Python objects; the types are read from the data",
         "download_config": "takes a Python object",
         "save_infos": "writes into the data set's own folder",
-        "streaming": "is not supported yet; data is memory-mapped, so it need not fit in memory",
+        "keep_in_memory": "has no effect: rows are streamed from disk",
+        "num_proc": "is `training.dataset_num_proc`, the number of processes that prepare rows",
+        "storage_options": "is for remote file systems; rows are read from local files or the hub",
+        "download_mode": "is for downloads that broke; remove the broken file from the Hugging Face cache instead",
+        "verification_mode": "could only switch off the check of what was downloaded",
         "trust_remote_code": "was removed from datasets; data sets run no code",
     },
     "training": {
@@ -271,6 +336,7 @@ REFUSED: dict[str, dict[str, str]] = {
         "use_liger_kernel": "is deprecated in TRL, whose own fused loss replaces it",
         "liger_kernel_config": "is deprecated in TRL, whose own fused loss replaces it",
         "pad_token": "is deprecated in TRL; the tokenizer's own pad token, else its end token, is used",
+        "truncation_mode": "is `dataset.truncation`, which also counts what it cuts",
         "dataset_kwargs": "only switches off the data preparation, which recipes rely on",
         "hub_token": "is a secret; run `hf auth login` or set HF_TOKEN",
         "push_to_hub": _NO_PUSH,
@@ -370,5 +436,15 @@ RENAMED: dict[str, str] = {
     "dataset_name": "dataset.path",
     "dataset_train_split": "dataset.split",
     "dataset_test_split": "dataset.eval_split",
+    "val_set_size": "dataset.eval_split",
+    "test_size": "dataset.eval_split",
+    "validation_split": "dataset.eval_split",
+    "datasets": "a list under `dataset`",
+    "dataset_mixer": "a list under `dataset`",
+    "interleave_probs": "dataset.weight",
+    "mix_strategy": "dataset.weight",
+    "column_mapping": "dataset.columns",
+    "truncation_strategy": "dataset.truncation",
+    "on_bad_rows": "dataset.bad_rows",
     "max_tokens": "generation.max_new_tokens",
 }

@@ -37,7 +37,12 @@ def launch(recipe_path: str, overrides: list[str], *, resume: bool = False, debu
     recipe, ready = None, None
     try:
         recipe = load_recipe(recipe_path, overrides)
-        # Imports in the order of their cost: a machine that lacks something is told before TRL is imported (6 s).
+        # Imports in the order of their cost: bad rows are told before torch is imported, and a machine that lacks
+        # something before TRL is (6 s).
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            from lora_recipes.data.check import check_data
+
+            check_data(recipe)
         from lora_recipes.train.preflight import preflight
 
         ready = preflight(recipe, resume=resume)

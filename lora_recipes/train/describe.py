@@ -1,30 +1,27 @@
 """Everything that decides what is learnt, printed with its arithmetic before the first step."""
 
 import math
-from itertools import groupby
-
-from transformers import PreTrainedTokenizerBase
+from typing import Any
 
 from lora_recipes import console
-from lora_recipes.data.tokens import IGNORED, TokenizedData
+from lora_recipes.data.load import LoadedData
+from lora_recipes.data.show import first_example
 from lora_recipes.model.machine import Choices
 from lora_recipes.train.trainer import RecipeTrainer
 
 
-def describe(choices: Choices, trainer: RecipeTrainer, data: TokenizedData, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Print what this machine chose, the sizes of the run, and one example with its trained tokens in colour."""
+def describe(choices: Choices, trainer: RecipeTrainer, data: LoadedData, report: dict[str, Any]) -> None:
+    """Print what this machine chose, what the data amounts to, and one example with its trained tokens in colour."""
     made = [(choice.what, f"{choice.value}  ({choice.why})") for choice in choices.made]
     console.facts("What this machine made of the recipe", made)
-    console.facts("What will be trained", _sizes(trainer, data))
-    limit = trainer.args.max_length
-    ids, labels = data.train[0]["input_ids"][:limit], data.train[0]["labels"][:limit]
-    runs = groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED)
-    pieces = [(tokenizer.decode([token for token, _ in pairs]), trained) for trained, pairs in runs]
-    console.trained_tokens(pieces, sum(label != IGNORED for label in labels), len(ids))
+    console.facts("What will be trained", _sizes(trainer, report))
+    for warning in report["warnings"]:
+        console.say(f"note: {warning['text']}", "yellow")
+    console.example("One training example", first_example(data))
 
 
-def _sizes(trainer: RecipeTrainer, data: TokenizedData) -> list[tuple[str, str]]:
-    args, rows = trainer.args, trainer.train_dataset
+def _sizes(trainer: RecipeTrainer, report: dict[str, Any]) -> list[tuple[str, str]]:
+    args = trainer.args
     trainable, total = trainer.model.get_nb_trainable_parameters()
     device, accumulation, processes = (
         args.per_device_train_batch_size,
@@ -32,22 +29,30 @@ def _sizes(trainer: RecipeTrainer, data: TokenizedData) -> list[tuple[str, str]]
         args.world_size,
     )
     batch = device * accumulation * processes
-    tokens = sum(len(ids) for ids in rows["input_ids"])
-    trained = sum(label != IGNORED for labels in rows["labels"] for label in labels)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(len(rows) / batch))
-    return [
+    rows, tokens, trained = report["epoch_rows"], report["epoch_tokens"], report["trained_percent"]
+    packed = len(trainer.train_dataset) if args.packing and hasattr(trainer.train_dataset, "__len__") else None
+    steps = (
+        args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil((packed or rows) / batch))
+    )
+    shown = [
         ("parameters", f"{trainable:,} trainable of {total:,} ({100 * trainable / total:.4f} %)"),
-        ("rows", _rows(trainer, data)),
-        ("tokens", f"{tokens:,} an epoch, {trained:,} with loss ({100 * trained / tokens:.1f} %)"),
+        ("data", "; ".join(f"{source['name']}: {source['format']}" for source in report["sources"])),
+        ("rows", _rows(report) + (f", packed into {packed:,} of up to {args.max_length} tokens" if packed else "")),
+        ("tokens", f"{tokens:,} an epoch, {trained} % with loss"),
         ("effective batch", f"{batch} rows = {device} a device x {accumulation} accumulation x {processes} processes"),
-        ("tokens a step", f"about {batch * tokens / len(rows):,.0f}"),
+        ("tokens a step", f"about {batch * tokens / (packed or rows):,.0f}"),
         ("steps", f"{steps:,}"),
     ]
+    return shown
 
 
-def _rows(trainer: RecipeTrainer, data: TokenizedData) -> str:
-    kept, read, limit = len(trainer.train_dataset), len(data.train), trainer.args.max_length
-    if trainer.args.packing:
-        return f"{read:,} packed into {kept:,} of up to {limit} tokens"
-    cut = sum(len(ids) > limit for ids in data.train["input_ids"]) if limit else 0
-    return f"{kept:,} of {read:,} ({read - kept:,} dropped: no trained token left), {cut:,} cut at {limit} tokens"
+def _rows(report: dict[str, Any]) -> str:
+    parts = [f"{report['epoch_rows']:,} an epoch of {report['rows']:,} read"]
+    parts += [
+        f"{report[key]:,} {what}"
+        for key, what in (("heldout_rows", "held out"), ("bad_rows", "left out"))
+        if report[key]
+    ]
+    if report["rows_truncated"]:
+        parts.append(f"{report['rows_truncated']:,} over {report['max_length']} tokens")
+    return ", ".join(parts)

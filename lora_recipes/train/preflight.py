@@ -4,13 +4,12 @@ import os
 from dataclasses import dataclass
 
 from lora_recipes import console
-from lora_recipes.data.files import local_files
+from lora_recipes.data.files import local_files, sources
 from lora_recipes.errors import RunError
 from lora_recipes.model.machine import Choices, choose
-from lora_recipes.model.package import file_sha256
 from lora_recipes.model.source import Source, locate
 from lora_recipes.recipe import Recipe
-from lora_recipes.run_dir import Locked, RunDir
+from lora_recipes.run_dir import Locked, RunDir, file_sha256
 from lora_recipes.trained import require_same_run
 
 
@@ -51,8 +50,13 @@ def preflight(recipe: Recipe, *, resume: bool) -> Ready | None:
 
 def data_hashes(recipe: Recipe) -> dict[str, str]:
     """sha256 of each local data file of the recipe that exists."""
-    splits = [split for split in (recipe.get("dataset.split"), recipe.get("dataset.eval_split")) if split]
-    files = {file for split in splits for file in local_files(recipe, split) if file.is_file()}
+    files = {
+        file.path
+        for source in sources(recipe)
+        for split in (source.split, source.eval_split)
+        if isinstance(split, str)
+        for file in local_files(source, split)
+    }
     return {str(file): file_sha256(file) for file in sorted(files)}
 
 

@@ -81,6 +81,7 @@ def write_manifest(
     source: Source,
     template: str | None,
     data: dict[str, str],
+    audited: dict[str, Any],
     choices: Choices,
     seed: int,
 ) -> None:
@@ -97,6 +98,7 @@ def write_manifest(
                 "sha256": source.sha256,
             },
             "data": data,
+            "audit": {key: value for key, value in audited.items() if key not in ("worst", "lengths")},
             "chat_template_sha256": _sha256(template) if template else None,
             "seed": seed,
             "chosen": {choice.what: choice.value for choice in choices.made},

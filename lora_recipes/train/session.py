@@ -3,6 +3,7 @@
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -10,9 +11,9 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from trl import SFTConfig
 
 from lora_recipes import console
-from lora_recipes.data.read import read_data
-from lora_recipes.data.tokens import IGNORED, TokenizedData, tokenize
-from lora_recipes.errors import DataError, MachineError, RefusedError, RunError
+from lora_recipes.data.audit import audit, require_sound, write_evidence
+from lora_recipes.data.load import LoadedData, load_data
+from lora_recipes.errors import MachineError, RefusedError, RunError
 from lora_recipes.model.adapted import check_adapter
 from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer, model_config, refusals_of
 from lora_recipes.model.machine import Choices
@@ -41,7 +42,6 @@ def train(recipe: Recipe, ready: Ready, *, resume: bool) -> None:
     run_dir, choices = RunDir.of(recipe.name), ready.choices
     with refusals_of(recipe, "training"):
         args = training_arguments(choices.training, run_dir)  # before the model: DeepSpeed hooks its loading here
-    raw = read_data(recipe)
     with PartialState().main_process_first():  # one rank unpacks, the others find it in the cache
         source = materialise(ready.source)
     tokenizer = load_tokenizer(recipe, source)
@@ -49,25 +49,23 @@ def train(recipe: Recipe, ready: Ready, *, resume: bool) -> None:
     targets = find_targets(recipe, config)
     _require_small_on_cpu(recipe, choices, targets)
     ends = end_token_ids(recipe, source, tokenizer)
-    data = tokenize(raw, tokenizer, set(ends), recipe)
-
-    _require_learnable(recipe, args, data)
+    data = load_data(recipe, tokenizer, set(ends))
+    report = audit(data, args.per_device_train_batch_size, _global_batch(args))
+    require_sound(report)
     base = load_base(recipe, source, choices)
     trainer = build_trainer(recipe, args, choices, base, tokenizer, data, [RecordCallback(run_dir)])
     last = _last_checkpoint(run_dir) if resume else None
     if trainer.is_world_process_zero():
-        describe(choices, trainer, data, tokenizer)
-        _open_run(recipe, run_dir, source, choices, trainer, tokenizer, last)
+        describe(choices, trainer, data, report)
+        _open_run(recipe, run_dir, source, choices, trainer, tokenizer, data, report, last)
     ready.opened = True
     _run(trainer, last)
     _publish(trainer, run_dir, recipe, source)
 
 
-def _require_learnable(recipe: Recipe, args: SFTConfig, data: TokenizedData) -> None:
-    """SFTTrainer drops rows that have no trained token left, and trains on nothing in silence."""
-    if not any(label != IGNORED for labels in data.train["labels"] for label in labels[: args.max_length]):
-        where = recipe.where("training.max_length")
-        raise DataError(f"{where}: no row has a trained token within {args.max_length} tokens; nothing to learn")
+def _global_batch(args: SFTConfig) -> int:
+    """Rows of one optimizer step."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def _require_small_on_cpu(recipe: Recipe, choices: Choices, targets: Targets) -> None:
@@ -86,13 +84,16 @@ def _open_run(
     choices: Choices,
     trainer: RecipeTrainer,
     tokenizer: PreTrainedTokenizerBase,
+    data: LoadedData,
+    report: dict[str, Any],
     last: Path | None,
 ) -> None:
+    write_evidence(run_dir, data, report)
     write_status(run_dir, state="running", exit_code=None, reason="training")
     if last is None:  # a resumed run keeps the record of its beginning
         write_text(run_dir.recipe, json.dumps(recipe.plain(), indent=2, ensure_ascii=False) + "\n")
         write_manifest(
-            run_dir, recipe, source, tokenizer.chat_template, data_hashes(recipe), choices, trainer.args.seed
+            run_dir, recipe, source, tokenizer.chat_template, data_hashes(recipe), report, choices, trainer.args.seed
         )
         write_status(run_dir, last_good_checkpoint=None)
 

@@ -7,7 +7,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from lora_recipes.data.tokens import IGNORED, TokenizedData
+from lora_recipes.data.load import LoadedData
+from lora_recipes.data.masks import IGNORED
 from lora_recipes.model.build import lora_config, refusals_of
 from lora_recipes.model.machine import Choice, Choices
 from lora_recipes.recipe import Recipe
@@ -79,7 +80,7 @@ def build_trainer(
     choices: Choices,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: TokenizedData,
+    data: LoadedData,
     callbacks: list[TrainerCallback],
 ) -> RecipeTrainer:
     """The trainer of a recipe. SFTTrainer seeds before it makes the adapter's weights, so a seed repeats a run.
@@ -91,8 +92,8 @@ def build_trainer(
         trainer = RecipeTrainer(
             model=model,
             args=args,
-            train_dataset=data.train,
-            eval_dataset=data.heldout,
+            train_dataset=data.train(),
+            eval_dataset=data.heldout(),
             processing_class=tokenizer,
             peft_config=lora_config(recipe.section("lora")),
             callbacks=callbacks,
@@ -104,6 +105,8 @@ def build_trainer(
 def training_arguments(section: dict[str, Any], run_dir: RunDir) -> SFTConfig:
     """The `training` section as trl.SFTConfig, without the few keys that the data room has used up."""
     values = {key: value for key, value in section.items() if key not in CONSUMED}
+    if not values.get("packing"):  # rows come tokenized, masked and cut: nothing is left for SFTTrainer to prepare
+        values["dataset_kwargs"] = {"skip_prepare_dataset": True}
     return SFTConfig(output_dir=str(run_dir.checkpoints), **values)
 
 

@@ -17,7 +17,7 @@ model:
 lora:
   target_modules: all-linear
 dataset:
-  path: json
+  path: org/data
   split: train
 """
 SECRET = "hf_" + "abcdefghijklmnopqrstuvwxyzABCD"
@@ -435,6 +435,7 @@ RULE_CASES = [
     ("_required", ["model=null"], [], "model.pretrained_model_name_or_path"),
     ("_required", ["model=null", "model.dtype=auto"], ["model.dtype=auto"], "model.pretrained_model_name_or_path"),
     ("_required", ["dataset=null"], ["dataset.path=org/data"], "dataset.path"),
+    ("_required", ["dataset=[{path: org/a}, {split: test}]"], ["dataset=[{path: org/a}]"], "dataset.1.path"),
     ("_one_precision", ["training.fp16=true", "training.bf16=true"], ["training.fp16=true"], "training.fp16"),
     ("_one_precision", ["training.bf16=true", "training.fp16=true"], ["training.bf16=true"], "training.fp16"),
     (
@@ -483,6 +484,13 @@ RULE_CASES = [
         "training.load_best_model_at_end",
     ),
     ("_evaluation", ["dataset.eval_split=train"], ["dataset.eval_split=test"], "dataset.eval_split"),
+    ("_evaluation", ["dataset=[{path: a/b, eval_split: train}]"], ["dataset.eval_split=0.1"], "dataset.0.eval_split"),
+    (
+        "_evaluation",
+        ["training.eval_strategy=epoch", "dataset=[{path: a/b}, {path: a/c}]"],
+        ["training.eval_strategy=epoch", "dataset=[{path: a/b}, {path: a/c, eval_split: 0.1}]"],
+        "training.eval_strategy",
+    ),
     (
         "_packing",
         ["training.eval_packing=true"],
@@ -544,6 +552,92 @@ RULE_CASES = [
         ["generation={max_new_tokens: 4, do_sample: false}"],
         "generation.top_p",
     ),
+    ("_local_files", ["dataset.path=json"], ["dataset.path=json", "dataset.data_files=a.jsonl"], "dataset.data_files"),
+    ("_local_files", ["dataset={path: csv, data_files: []}"], ["dataset.data_files=a.csv"], "dataset.data_files"),
+    *(
+        (
+            "_local_files",
+            ["dataset.path=json", "dataset.data_files=a.jsonl", f"dataset.{key}=x"],
+            [f"dataset.{key}=x"],
+            f"dataset.{key}",
+        )
+        for key in ("name", "revision", "cache_dir")
+    ),
+    (
+        "_local_files",
+        ["dataset=[{path: org/a, name: x}, {path: text, data_files: a.txt, name: x}]"],
+        ["dataset=[{path: org/a, name: x}, {path: text, data_files: a.txt}]"],
+        "dataset.1.name",
+    ),
+    ("_unsafe_files", ["dataset.path=pandas"], ["dataset.path=org/pandas"], "dataset.path"),
+    ("_unsafe_files", ["dataset.path=./build.py"], ["dataset.path=./build_py"], "dataset.path"),
+    ("_unsafe_files", ["dataset.data_files=a.PKL"], ["dataset.data_files=a.pkl.jsonl"], "dataset.data_files"),
+    ("_unsafe_files", ["dataset.data_files=[a.jsonl, a.npy]"], ["dataset.data_files=[a.jsonl]"], "dataset.data_files"),
+    (
+        "_unsafe_files",
+        ["dataset=[{path: org/a}, {path: json, data_files: {train: [a.jsonl, b.tar.gz]}}]"],
+        ["dataset=[{path: org/a}, {path: json, data_files: {train: [a.jsonl, b.jsonl.gz]}}]"],
+        "dataset.1.data_files",
+    ),
+    (
+        "_unsafe_files",
+        ["dataset.data_files=https://host/a.jsonl"],
+        ["dataset.data_files=hf://datasets/org/a/a.jsonl"],
+        "dataset.data_files",
+    ),
+    ("_unsafe_files", ["dataset.data_dir=s3://bucket"], ["dataset.data_dir=folder"], "dataset.data_dir"),
+    (
+        "_streaming",
+        ["dataset.streaming=true"],
+        ["dataset.streaming=true", "training.max_steps=5"],
+        "dataset.streaming",
+    ),
+    (
+        "_streaming",
+        ["training.max_steps=5", "dataset=[{path: a/b}, {path: a/c, streaming: true}]"],
+        ["training.max_steps=5", "dataset=[{path: a/b, streaming: true}, {path: a/c, streaming: true}]"],
+        "dataset.1.streaming",
+    ),
+    (
+        "_streaming",
+        [
+            "dataset.streaming=true",
+            "training.max_steps=5",
+            "training.train_sampling_strategy=group_by_length",
+        ],
+        ["dataset.streaming=false", "training.train_sampling_strategy=group_by_length"],
+        "training.train_sampling_strategy",
+    ),
+    (
+        "_row_limits",
+        ["dataset.max_bad_fraction=0.1"],
+        ["dataset.max_bad_fraction=0.1", "dataset.bad_rows=skip"],
+        "dataset.max_bad_fraction",
+    ),
+    (
+        "_row_limits",
+        ["dataset.max_truncated_fraction=0", "dataset.truncation=error"],
+        ["dataset.max_truncated_fraction=0", "dataset.truncation=drop"],
+        "dataset.max_truncated_fraction",
+    ),
+    (
+        "_truncation",
+        ["dataset.truncation=drop", "training.max_length=null"],
+        ["dataset.truncation=drop"],
+        "dataset.truncation",
+    ),
+    (
+        "_control_tokens",
+        ["dataset.control_tokens=keep"],
+        ["dataset.control_tokens=keep", "dataset.format=text"],
+        "dataset.control_tokens",
+    ),
+    (
+        "_control_tokens",
+        ["dataset=[{path: a/b, control_tokens: keep, format: messages}]"],
+        ["dataset.control_tokens=escape"],
+        "dataset.0.control_tokens",
+    ),
 ]
 
 
@@ -551,15 +645,116 @@ RULE_CASES = [
 def test_a_rule_between_keys_holds(tmp_path: Path, rule: str, breaks: list[str], holds: list[str], key: str) -> None:
     error = refusal(tmp_path, "", *breaks)
     assert key in [problem.key for problem in error.problems]
-    assert error.exit_code == EXIT_USER
+    assert error.exit_code == (EXIT_REFUSED if rule == "_unsafe_files" else EXIT_USER)
     load_recipe(tmp_path / "r.yaml", holds)
 
 
-def test_a_dataset_without_a_split_is_told_to_name_one(tmp_path: Path) -> None:
+def test_a_finding_says_the_way_out(tmp_path: Path) -> None:
+    for _, breaks, _, key in RULE_CASES:
+        if key.startswith("dataset"):
+            problems = [problem for problem in refusal(tmp_path, "", *breaks).problems if problem.key == key]
+            assert all(problem.hint for problem in problems), breaks
+
+
+def test_a_dataset_without_a_split_trains_on_train(tmp_path: Path) -> None:
     write(tmp_path, "")
     (tmp_path / "base.yaml").write_text(BASE.replace("  split: train\n", ""))
-    with pytest.raises(InvalidRecipe, match=r"`dataset\.split` is missing; write `split: train`"):
-        load_recipe(tmp_path / "r.yaml")
+    load_recipe(tmp_path / "r.yaml")
+    with pytest.raises(InvalidRecipe, match=r"`dataset\.eval_split` is the training split itself"):
+        load_recipe(tmp_path / "r.yaml", ["dataset.eval_split=train"])
+
+
+@pytest.mark.parametrize(
+    "ending", ["pkl", "pickle", "pt", "pth", "npy", "joblib", "py", "zip", "tar", "tgz", "tar.gz", "7z", "rar"]
+)
+@pytest.mark.parametrize("key", ["path", "data_files"])
+def test_what_runs_code_or_writes_files_when_read_is_refused_with_the_reason(
+    tmp_path: Path, key: str, ending: str
+) -> None:
+    error = refusal(tmp_path, f"dataset:\n  {key}: data/a.{ending}")
+    [problem] = error.problems
+    assert str(error).startswith(f"{tmp_path / 'r.yaml'}:3:3: `dataset.{key}` names a")
+    assert "runs code" in problem.message or "outside its folder" in problem.message
+    assert error.exit_code == EXIT_REFUSED
+
+
+@pytest.mark.parametrize("scheme", ["https", "http", "s3", "gs", "ftp", "file", "zip://a.jsonl::https"])
+def test_a_url_is_refused_and_its_password_not_repeated(tmp_path: Path, scheme: str) -> None:
+    error = refusal(tmp_path, f"dataset:\n  data_files: {{train: '{scheme}://me:letmein@host/a.jsonl'}}")
+    assert error.exit_code == EXIT_REFUSED
+    assert "letmein" not in str(error)
+    assert "sha256" in str(error)
+    assert "letmein" not in str(refusal(tmp_path, "", f"dataset.data_files={scheme}://me:letmein@host/a.jsonl"))
+
+
+LISTED = "dataset:\n  - path: org/a\n  - path: org/b\n    "  # what follows stands in line 5, column 5
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("pth: x", "5:5: `dataset.1.pth` is not a field of datasets.load_dataset; did you mean `path`?"),
+        (
+            "learning_rate: 1",
+            "5:5: `dataset.1.learning_rate` is not a field of datasets.load_dataset; it belongs to `training`",
+        ),
+        (
+            "val_set_size: 1",
+            "5:5: `dataset.1.val_set_size` is not a field of datasets.load_dataset; write dataset.eval_split",
+        ),
+        (
+            "num_proc: 2",
+            "5:5: `dataset.1.num_proc` cannot be set: it is `training.dataset_num_proc`, the number of processes that "
+            "prepare rows",
+        ),
+        ("weight: 0", "5:13: `dataset.1.weight` must be more than 0, found 0"),
+        ("weight: two", "5:13: `dataset.1.weight` must be a finite number, found the text 'two'"),
+        ("eval_split: 1.5", "5:17: `dataset.1.eval_split` must be less than 1, found 1.5"),
+        ("eval_split: 0", "5:17: `dataset.1.eval_split` must be more than 0, found 0"),
+        ("eval_split: ''", "5:17: `dataset.1.eval_split` must not be empty"),
+        ("eval_split: [a]", "5:17: `dataset.1.eval_split` must be text or a finite number or null, found a list"),
+        (
+            "bad_rows: drop",
+            "5:15: `dataset.1.bad_rows` must be one of error, skip; found the text 'drop'",
+        ),
+        ("columns: {prompt: ''}", "5:23: `dataset.1.columns.prompt` must not be empty"),
+        ("data_files: [a, 2]", "5:21: `dataset.1.data_files.1` must be text, found 2"),
+        ("path: org/c", "5:5: `dataset.1.path` is already set in line 4; keep one of the two"),
+        ("control_tokens: keep", "5:5: `dataset.1.control_tokens` is `keep`, with which"),
+    ],
+)
+def test_a_mistake_in_a_listed_source_is_told_as_in_a_single_one(tmp_path: Path, line: str, expected: str) -> None:
+    assert only_message(tmp_path, LISTED + line).startswith(f"r.yaml:{expected}")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("dataset: 5", "2:10: `dataset` must be a mapping or a list of mappings or null, found 5"),
+        ("dataset: []", "2:10: `dataset` must not be empty"),
+        ("dataset: [{path: org/a}, 5]", "2:26: `dataset.1` must be a mapping, found 5"),
+        ("dataset:\n  -\n  - path: org/a", "3:4: `dataset.0` must be a mapping, found null"),
+        ("dataset: [[{path: org/a}]]", "2:11: `dataset.0` must be a mapping, found a list"),
+        ("dataset:\n  - path: org/a\n  - split: test", "4:5: `dataset.1.path` is missing"),
+    ],
+)
+def test_the_shape_of_the_dataset_section_is_one_mapping_or_a_list(tmp_path: Path, text: str, expected: str) -> None:
+    assert only_message(tmp_path, text).startswith(f"r.yaml:{expected}")
+
+
+def test_a_secret_in_a_listed_source_is_refused(tmp_path: Path) -> None:
+    error = refusal(tmp_path, f"{LISTED}token: letmein")
+    assert error.exit_code == EXIT_REFUSED
+    assert str(error).startswith(f"{tmp_path / 'r.yaml'}:5:5: `dataset.1.token` looks like a secret")
+    for word in ("dataset.1.token=letmein", "dataset.token=letmein"):
+        assert "letmein" not in str(refusal(tmp_path, LISTED, word))
+
+
+@pytest.mark.parametrize("name", ["datasets", "dataset_mixer"])
+def test_a_mixture_of_another_tool_is_told_the_list(tmp_path: Path, name: str) -> None:
+    assert (
+        only_message(tmp_path, f"{name}: [a]") == f"r.yaml:2:1: `{name}` is not a section; write a list under `dataset`"
+    )
 
 
 def test_what_is_missing_is_said_of_the_recipe_that_was_named(tmp_path: Path) -> None:

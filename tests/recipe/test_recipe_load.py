@@ -19,7 +19,7 @@ lora:
   target_modules: [q_proj, v_proj]
   rank_pattern: {q_proj: 4, k_proj: 2}
 dataset:
-  path: json
+  path: org/data
   split: train
 training:
   learning_rate: 2e-4
@@ -299,3 +299,129 @@ def test_two_loads_of_one_recipe_are_equal(tmp_path: Path) -> None:
     assert load_recipe(path) == load_recipe(path)
     assert load_recipe(path) == load_recipe(str(path))
     assert load_recipe(path) != load_recipe(path, ["lora.r=8"])
+
+
+MIXTURE = """\
+extends: parent.yaml
+dataset:
+  - path: org/a
+    weight: 2
+  - path: json
+    data_files:
+      train: data/b.jsonl
+      test: [data/c.jsonl]
+"""
+
+
+def test_a_list_of_sources_replaces_the_parents_source(tmp_path: Path) -> None:
+    recipe = load(tmp_path, MIXTURE)
+    first = {"path": "org/a", "weight": 2}
+    second = {"path": "json", "data_files": {"train": "data/b.jsonl", "test": ["data/c.jsonl"]}}
+    assert recipe.section("dataset") == recipe.plain()["dataset"] == [first, second]
+    assert recipe.datasets() == [("dataset.0", first), ("dataset.1", second)]
+
+
+def test_one_source_is_a_mixture_of_one(tmp_path: Path) -> None:
+    assert load(tmp_path, "extends: parent.yaml\n").datasets() == [("dataset", {"path": "org/data", "split": "train"})]
+
+
+def test_a_recipe_without_data_has_no_sources(tmp_path: Path) -> None:
+    assert Recipe(tmp_path, {}, {}).datasets() == []
+
+
+def test_get_reaches_into_a_list(tmp_path: Path) -> None:
+    recipe = load(tmp_path, MIXTURE)
+    assert recipe.get("dataset.0.path") == "org/a"
+    assert recipe.get("dataset.1.data_files.test") == ["data/c.jsonl"]
+    assert recipe.get("dataset.1.data_files.test.0") == "data/c.jsonl"
+    for key in ("dataset.2.path", "dataset.path", "dataset.-1.path", "dataset.0.x", "dataset.0.path.0"):
+        assert recipe.get(key, "none") == "none"
+
+
+def test_each_key_of_a_listed_source_remembers_its_line(tmp_path: Path) -> None:
+    path, recipe = tmp_path / "child.yaml", load(tmp_path, MIXTURE)
+    for key, line in (
+        ("dataset", 2),
+        ("dataset.0", 3),
+        ("dataset.0.weight", 4),
+        ("dataset.1.path", 5),
+        ("dataset.1.split", 5),  # not set: the source itself
+        ("dataset.1.data_files", 6),
+        ("dataset.1.data_files.train", 7),
+        ("dataset.1.data_files.test.0", 8),
+    ):
+        assert recipe.where(key) == f"{path}:{line}", key
+
+
+def test_a_mapping_inside_a_section_remembers_its_line(tmp_path: Path) -> None:
+    recipe = load(tmp_path, "extends: parent.yaml\ndataset:\n  data_files:\n    train: a.jsonl\n")
+    assert recipe.where("dataset.data_files") == f"{tmp_path / 'child.yaml'}:3"
+    assert recipe.where("dataset.data_files.train") == f"{tmp_path / 'child.yaml'}:4"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("dataset.0.weight=0.5", "dataset.0.weight", 0.5),
+        ("dataset.1.eval_split=0.1", "dataset.1.eval_split", 0.1),
+        ("dataset.1.data_files.train=d.jsonl", "dataset.1.data_files.train", "d.jsonl"),
+        ("dataset.0={weight: 3}", "dataset.0.weight", 3),
+    ],
+)
+def test_an_override_reaches_into_a_listed_source(tmp_path: Path, override: str, key: str, value: object) -> None:
+    before, after = load(tmp_path, MIXTURE), load(tmp_path, MIXTURE, override)
+    assert after.get(key) == value
+    assert after.where(key) == f"command line ({override})"
+    for other in ("dataset.0.path", "dataset.1.path", "dataset.1.data_files.test", "dataset.0.split"):
+        assert after.get(other) == before.get(other)
+        assert after.where(other) == before.where(other)
+
+
+def test_overrides_of_two_sources_both_hold(tmp_path: Path) -> None:
+    words = ["dataset.0.weight=1", "dataset.1.weight=3", "dataset.0.split=test"]
+    recipe = load(tmp_path, MIXTURE, *words)
+    assert [recipe.get(word.partition("=")[0]) for word in words] == [1, 3, "test"]
+
+
+def test_a_list_on_the_command_line_can_be_changed_by_the_next_word(tmp_path: Path) -> None:
+    recipe = load(tmp_path, "extends: parent.yaml\n", "dataset=[{path: org/a}]", "dataset.0.weight=3")
+    assert recipe.section("dataset") == [{"path": "org/a", "weight": 3}]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "dataset.weight=2",
+            "`dataset.weight` does not say which of the 2 sources in the list `dataset` it means; "
+            "write dataset.0.weight=..., or up to dataset.1",
+        ),
+        (
+            "dataset.data_files.train=a",
+            "`dataset.data_files.train` does not say which of the 2 sources in the list `dataset` it means; "
+            "write dataset.0.data_files.train=..., or up to dataset.1",
+        ),
+        (
+            "dataset.2.weight=2",
+            "`dataset.2.weight` names a source that is not there: the list `dataset` has 2; "
+            "they count from 0: dataset.0 to dataset.1",
+        ),
+        (
+            f"dataset.{'9' * 5000}.weight=2",
+            f"`dataset.{'9' * 5000}.weight` names a source that is not there: the list `dataset` has 2; "
+            "they count from 0: dataset.0 to dataset.1",
+        ),
+        ("dataset.0.pth=a", "`dataset.0.pth` is not a field of datasets.load_dataset; did you mean `path`?"),
+        ("dataset.0=5", "`dataset.0` must be a mapping, found 5"),
+    ],
+)
+def test_an_override_that_misses_a_listed_source_is_one_message(tmp_path: Path, override: str, expected: str) -> None:
+    load(tmp_path, MIXTURE)
+    assert refusal(tmp_path / "child.yaml", override).replace(f" ({override})", "") == f"command line: {expected}"
+
+
+def test_a_number_in_an_override_needs_a_list(tmp_path: Path) -> None:
+    message = refusal(write(tmp_path, PARENT), "dataset.0.weight=2")
+    assert message == (
+        "command line: `dataset.0.weight` names a source by number, but `dataset` is no list; write dataset.weight=..."
+    )

@@ -107,6 +107,25 @@ def test_leaves_are_the_values_that_are_no_mappings_and_empty_mappings(tmp_path:
     ]
 
 
+def test_leaves_and_entries_go_into_a_list_of_mappings(tmp_path: Path) -> None:
+    root = parsed(tmp_path, "dataset:\n  - path: a\n    data_files: {train: b}\n  - path: c\nlora: [1, [2]]\nx: []\n")
+    leaves = ["dataset.0.path", "dataset.0.data_files.train", "dataset.1.path", "lora", "x"]
+    assert [key for key, _ in root.leaves()] == leaves
+    assert {key for key, _ in root.entries()} - set(leaves) == {
+        "dataset",
+        "dataset.0",
+        "dataset.0.data_files",
+        "dataset.1",
+    }
+
+
+def test_a_duplicate_key_in_a_list_of_mappings_is_named_by_its_full_path(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("dataset:\n  - path: a\n  - path: b\n    path: c\n")
+    problems: list[Problem] = []
+    parse_file(tmp_path / "r.yaml", problems)
+    assert [problem.key for problem in problems] == ["dataset.1.path"]
+
+
 def test_an_origin_reads_file_and_line_and_a_whole_file_has_no_line() -> None:
     assert str(Origin("r.yaml", 3, 5)) == "r.yaml:3"
     assert str(Origin("r.yaml")) == "r.yaml"

@@ -15,7 +15,7 @@ model:
 lora:
   target_modules: [q_proj, v_proj]
 dataset:
-  path: json
+  path: org/data
   split: train
 training:
   learning_rate: 2e-4
@@ -164,3 +164,18 @@ def test_a_path_is_no_name(source: Path, name: str) -> None:
 )
 def test_a_name_that_cannot_name_a_run_folder_is_refused(source: Path, name: str) -> None:
     assert refusal(source, name, [])
+
+
+def test_a_child_of_a_mixture_writes_the_list_as_a_whole(source: Path) -> None:
+    source.write_text(f"{SOURCE.split('dataset:')[0]}dataset:\n  - path: org/a\n  - path: org/b\n")
+    words = ["dataset.1.weight=2", "dataset.0.weight=0.5"]
+    child = new_recipe(source, "mine", words)
+    assert load_recipe(child).plain() == load_recipe(source, words).plain()
+    assert yaml.safe_load(child.read_text())["dataset"] == [
+        {"path": "org/a", "weight": 0.5},
+        {"path": "org/b", "weight": 2},
+    ]
+
+
+def test_an_override_that_misses_a_source_writes_nothing(source: Path) -> None:
+    assert "is no list" in refusal(source, "mine", ["dataset.0.weight=2"])

@@ -138,3 +138,22 @@ def test_every_line_but_the_names_of_mappings_has_an_origin(tmp_path: Path) -> N
 def test_an_override_with_a_line_break_is_still_one_comment(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, PARENT), ['training.run_name="a\n b"'])
     assert reloaded(recipe, tmp_path).plain() == recipe.plain()
+
+
+def test_a_list_of_sources_is_shown_with_what_set_each_key(tmp_path: Path) -> None:
+    write(tmp_path, PARENT, "parent.yaml")
+    text = "extends: parent.yaml\ndataset:\n  - path: json\n    data_files: {train: a.jsonl}\n  - path: org/b\n"
+    child = write(tmp_path, text)
+    recipe = load_recipe(child, ["dataset.1.weight=2"])
+    shown = [line.split("  # ") for line in render(recipe).splitlines()]
+    start = next(n for n, line in enumerate(shown) if line[0] == "dataset:")
+    assert [[part.rstrip() for part in line] for line in shown[start : start + 7]] == [
+        ["dataset:"],
+        ["  - path: json", f"{child}:3"],
+        ["    data_files:"],
+        ["      train: a.jsonl", f"{child}:4"],
+        ["  - path: org/b", f"{child}:5"],
+        ["    weight: 2", "command line (dataset.1.weight=2)"],
+        ["training:"],
+    ]
+    assert reloaded(recipe, tmp_path).plain() == recipe.plain()

@@ -12,8 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_recipes.data.read import read_data
-from lora_recipes.data.tokens import tokenize
+from lora_recipes.data.load import load_data
 from lora_recipes.errors import MachineError, RefusedError, RunError
 from lora_recipes.model.adapted import attach_adapter
 from lora_recipes.model.build import end_token_ids, keep_canonical_4bit, load_base, load_tokenizer
@@ -31,7 +30,7 @@ def make_trainer(path: Path, *overrides: str) -> RecipeTrainer:
     recipe = load_recipe(path, overrides)
     source, choices = locate(recipe), choose(recipe)
     tokenizer = load_tokenizer(recipe, source)
-    data = tokenize(read_data(recipe), tokenizer, set(end_token_ids(recipe, source, tokenizer)), recipe)
+    data = load_data(recipe, tokenizer, set(end_token_ids(recipe, source, tokenizer)))
     base = load_base(recipe, source, choices)
     args = training_arguments(choices.training, RunDir.of(recipe.name))
     return build_trainer(recipe, args, choices, base, tokenizer, data, [])

@@ -1,0 +1,76 @@
+"""Which chat template a run uses: the model's own, a file, one that is shipped here, or one of TRL's by name."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lora_recipes.errors import RecipeError
+from lora_recipes.recipe import Recipe
+
+# What rows mean to a tokenizer that has no chat template. Any other format needs one that the recipe names.
+WITHOUT_TEMPLATE = {"text": "human_assistant", "prompt_completion": "plain"}
+
+
+def settle(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, form: str, *, chat: bool) -> str:
+    """Give the tokenizer the template that the rows will be rendered with, and say where it came from.
+
+    The tokenizer is saved with it, so that the model is served with the template it was trained with.
+
+    Args:
+        form: format of the rows.
+        chat: whether the rows are conversations.
+
+    Raises:
+        RecipeError: no such template, or none where one is needed.
+    """
+    wanted = recipe.get("training.chat_template_path")
+    if wanted:
+        tokenizer.chat_template, origin = _named(wanted, recipe, tokenizer)
+        return origin
+    if tokenizer.chat_template or not chat:
+        return "the model's own" if tokenizer.chat_template else "none"
+    if form not in WITHOUT_TEMPLATE:
+        raise RecipeError(
+            f"{recipe.where('model.pretrained_model_name_or_path')}: this tokenizer has no chat template, so rows in the "
+            f"format `{form}` cannot be rendered; set training.chat_template_path to a .jinja file or to a name: "
+            f"{', '.join(shipped())}, or one of TRL's such as llama3"
+        )
+    tokenizer.chat_template = _with_bos(_shipped(WITHOUT_TEMPLATE[form]), tokenizer)
+    return f"`{WITHOUT_TEMPLATE[form]}`, for the tokenizer has none"
+
+
+def shipped() -> list[str]:
+    """Names of the templates that come with this package."""
+    folder = files("lora_recipes.data").joinpath("templates")
+    return sorted(Path(item.name).stem for item in folder.iterdir() if item.name.endswith(".jinja"))
+
+
+def _named(wanted: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    if Path(wanted).is_file():
+        return Path(wanted).read_text(encoding="utf-8"), f"the file {wanted}"
+    if wanted in shipped():
+        return _with_bos(_shipped(wanted), tokenizer), f"`{wanted}`"
+    theirs = _of_trl()
+    if wanted in theirs:
+        return theirs[wanted].read_text(encoding="utf-8"), f"TRL's `{wanted}`"
+    raise RecipeError(
+        f"{recipe.where('training.chat_template_path')}: no such file or template: {wanted}; names: "
+        f"{', '.join(shipped())}; TRL's: {', '.join(sorted(theirs))}"
+    )
+
+
+def _shipped(name: str) -> str:
+    return files("lora_recipes.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def _of_trl() -> dict[str, Any]:
+    folder = files("trl").joinpath("chat_templates")
+    return {Path(item.name).stem: item for item in folder.iterdir() if item.name.endswith(".jinja")}
+
+
+def _with_bos(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A rendered chat is tokenized without added tokens, so the template opens with BOS where the tokenizer would."""
+    adds = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return "{{- bos_token -}}" + template if adds else template

@@ -1,0 +1,228 @@
+"""All sources of a recipe, prepared: which rows are trained on, which are held out, and what was seen of them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import datasets
+import numpy
+from transformers import PreTrainedTokenizerBase
+
+from lora_recipes.data import chat_templates
+from lora_recipes.data.files import Source, sources
+from lora_recipes.data.formats import Conversation, convert
+from lora_recipes.data.forms import settings_of
+from lora_recipes.data.masks import Masker
+from lora_recipes.data.prepare import Prepared, Tokenizing, prepare
+from lora_recipes.data.readers import read_split, rows_of
+from lora_recipes.data.scan import scan
+from lora_recipes.data.select import held_out, repeated, shuffled
+from lora_recipes.recipe import Recipe
+
+MAX_LENGTH = 1024  # SFTConfig's own default
+SHUFFLE_BUFFER = 10_000  # rows that a stream is shuffled over
+SEED = 42  # TrainingArguments' own default
+TOKENS = datasets.Features(
+    {"input_ids": datasets.List(datasets.Value("int32")), "labels": datasets.List(datasets.Value("int32"))}
+)
+
+
+@dataclass
+class Part:
+    """The rows of one split of one source that are used, as indices into its good rows.
+
+    Attributes:
+        too_long: indices of the rows over the limit, whether they are used or not.
+        cut_empty: those of them that have no trained token before the limit; never used.
+    """
+
+    prepared: Prepared
+    indices: Any
+    too_long: Any
+    cut_empty: Any
+
+    def stat(self, name: str) -> Any:
+        """A column of the statistics over the rows that are used."""
+        return self.prepared.stats[name][self.indices]
+
+
+@dataclass
+class SourceRows:
+    """One source: its training rows and its held-out rows."""
+
+    source: Source
+    masker: Masker
+    template: str
+    train: Part
+    heldout: Part | None
+
+    def splits(self) -> list[Prepared]:
+        """The splits of the source that were read: one, where the held-out rows are a share of it."""
+        held = self.heldout.prepared if self.heldout is not None else self.train.prepared
+        return [self.train.prepared] if held is self.train.prepared else [self.train.prepared, held]
+
+
+@dataclass
+class LoadedData:
+    """Everything a step needs to know about the recipe's rows."""
+
+    recipe: Recipe
+    sources: list[SourceRows]
+    limit: int | None
+    seed: int
+
+    def train(self) -> datasets.Dataset | datasets.IterableDataset:
+        """Rows with `input_ids` and `labels`, weighted and mixed; cut where the recipe cuts."""
+        mixed = []
+        for rows in self.sources:
+            weight = float(rows.source.get("weight", 1.0))
+            again = repeated(rows.train.stat("hash"), weight, self.seed)
+            mixed.append((rows, rows.train.indices[again]))
+        if self.streams:
+            return self._stream(mixed)
+        parts = [self._cut(rows.train, indices) for rows, indices in mixed]
+        whole = datasets.concatenate_datasets([part for part in parts if len(part)])
+        # One source keeps its order: the trainer shuffles. Several are mixed here, so that packing mixes them as well.
+        return whole if len(parts) == 1 else whole.select(shuffled(len(whole), self.seed))
+
+    def heldout(self) -> datasets.Dataset | datasets.IterableDataset | None:
+        """The held-out rows of all sources; None without any."""
+        held = [(rows, rows.heldout) for rows in self.sources if rows.heldout is not None and len(rows.heldout.indices)]
+        if not held:
+            return None
+        if self.streams:
+            return datasets.concatenate_datasets([self._rows(rows, part, part.indices) for rows, part in held])
+        return datasets.concatenate_datasets([self._cut(part, part.indices) for _, part in held])
+
+    @property
+    def streams(self) -> bool:
+        """Whether rows are tokenized as they are needed."""
+        return any(rows.source.get("streaming") for rows in self.sources)
+
+    def _cut(self, part: Part, indices: Any) -> datasets.Dataset:
+        assert part.prepared.tokens is not None, "a source that streams keeps no tokens"
+        chosen = part.prepared.tokens.select(indices)
+        if self.limit is None or not numpy.isin(part.too_long, indices).any():
+            return chosen
+        return chosen.map(_cut_rows, batched=True, fn_kwargs={"limit": self.limit}, desc="Cutting long rows")
+
+    def _stream(self, mixed: list[tuple[SourceRows, Any]]) -> datasets.IterableDataset:
+        streams = [self._rows(rows, rows.train, indices) for rows, indices in mixed]
+        if len(streams) > 1:
+            sizes = numpy.array([len(indices) for _, indices in mixed], dtype=float)
+            streams = [
+                datasets.interleave_datasets(
+                    streams,
+                    probabilities=(sizes / sizes.sum()).tolist(),
+                    seed=self.seed,
+                    stopping_strategy="all_exhausted",
+                )
+            ]
+        return streams[0].shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
+
+    def _rows(self, rows: SourceRows, part: Part, indices: Any) -> datasets.IterableDataset:
+        times = numpy.bincount(indices, minlength=len(part.prepared.stats["row"])).astype(numpy.uint8)
+        wanted = {int(row): int(count) for row, count in zip(part.prepared.stats["row"], times, strict=True) if count}
+        return datasets.IterableDataset.from_generator(
+            _streamed,
+            features=TOKENS,
+            gen_kwargs={"again": _Again(rows, part.prepared, wanted, self.limit)},
+        )
+
+
+@dataclass
+class _Again:
+    """A split that is read and tokenized once more, for its wanted rows."""
+
+    rows: SourceRows
+    prepared: Prepared
+    wanted: dict[int, int]
+    limit: int | None
+
+    def __reduce__(self) -> Any:  # hashed by `datasets`: the key says it all
+        return (_Again, (self.rows, replace(self.prepared, tokens=None), self.wanted, self.limit))
+
+
+def _streamed(again: _Again) -> Iterator[dict[str, list[int]]]:
+    prepared = again.prepared
+    first = 0
+    work = Tokenizing(again.rows.masker, prepared.settings)
+    for _, part in scan(prepared.source, prepared.split.split("[")[0], work, 1):
+        for index, row in zip(part.stats["row"], part.each(), strict=True):
+            for _ in range(again.wanted.get(first + int(index), 0)):
+                yield {name: values[: again.limit] for name, values in row.items()}
+        first += part.rows
+
+
+def _cut_rows(rows: dict[str, list[list[int]]], limit: int) -> dict[str, list[list[int]]]:
+    return {name: [values[:limit] for values in column] for name, column in rows.items()}
+
+
+def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, end_ids: set[int]) -> LoadedData:
+    """Read, check, tokenize and mask all rows of a recipe, from the cache where nothing has changed.
+
+    Bad rows are collected, not raised: see `data.audit`.
+
+    Args:
+        end_ids: tokens that end an answer (the tokenizer's and the generation config's).
+
+    Raises:
+        RecipeError, DataError, MachineError: the data cannot be read at all.
+    """
+    limit = _limit(recipe)
+    seed = recipe.get("training.seed", SEED)
+    loaded = LoadedData(recipe, [], limit, seed)
+    processes = recipe.get("training.dataset_num_proc")
+    for source in sources(recipe):
+        settings, chat = settings_of(source)
+        template = chat_templates.settle(tokenizer, recipe, settings.form, chat=chat)
+        masker = Masker(tokenizer, end_ids, settings.control_tokens)
+
+        def prepared(split: str, source: Source = source, settings: Any = settings, masker: Any = masker) -> Prepared:
+            return prepare(source, split, settings, masker, processes, keep=not source.get("streaming"))
+
+        train = prepared(source.split)
+        everything = numpy.arange(len(train.stats["row"]))
+        heldout = None
+        if isinstance(source.eval_split, str):
+            held = prepared(source.eval_split)
+            heldout = _part(held, numpy.arange(len(held.stats["row"])), source, limit)
+        elif source.eval_split is not None and len(everything):
+            out = held_out(train.stats["hash"], source.eval_split, seed)
+            heldout, everything = _part(train, everything[out], source, limit), everything[~out]
+        loaded.sources.append(SourceRows(source, masker, template, _part(train, everything, source, limit), heldout))
+    return loaded
+
+
+def _limit(recipe: Recipe) -> int | None:
+    """Tokens that a row is cut at; None where none is cut: these two ways of packing split long rows instead."""
+    splits = recipe.get("training.packing_strategy", "bfd") in ("bfd_split", "wrapped")
+    if recipe.get("training.packing") and splits:
+        return None
+    return recipe.get("training.max_length", MAX_LENGTH)
+
+
+def _part(prepared: Prepared, indices: Any, source: Source, limit: int | None) -> Part:
+    """Leaves out what the recipe leaves out of the rows that are too long."""
+    none = numpy.zeros(0, numpy.int64)
+    if limit is None:
+        return Part(prepared, indices, none, none)
+    too_long = indices[prepared.stats["length"][indices] > limit]
+    cut_empty = too_long[prepared.stats["first"][too_long] >= limit]
+    gone = cut_empty if source.get("truncation") == "keep_start" else too_long
+    return Part(prepared, numpy.setdiff1d(indices, gone), too_long, cut_empty)
+
+
+def used_rows(part: Part, wanted: int | None) -> Iterator[Conversation]:
+    """The first `wanted` used rows of a split as conversations, in file order."""
+    prepared = part.prepared
+    left = set(part.stat("row")[:wanted].tolist())
+    row = 0
+    for chunk in read_split(prepared.source, prepared.split):
+        for _, value in rows_of(chunk):
+            if row in left:
+                left.discard(row)
+                yield convert(value, prepared.settings)
+            if not left:
+                return
+            row += 1

@@ -1,0 +1,377 @@
+"""Rows of a split become tokens on disk, once for each content, template and tokenizer; what was seen is kept beside."""
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy
+import pyarrow
+
+from lora_recipes.data.content import content_of, settings_key
+from lora_recipes.data.files import Source, local_files
+from lora_recipes.data.formats import BadRow, Conversation, RowSettings, convert
+from lora_recipes.data.masks import IGNORED, Masker, Rendered, Tokenized, odd_characters, require_encodable
+from lora_recipes.data.problems import KEPT, Problem, excerpt_of, problem_of
+from lora_recipes.data.readers import Chunk, rows_of
+from lora_recipes.data.scan import scan
+from lora_recipes.data.select import rows_in_slice
+from lora_recipes.errors import DataError, MachineError
+from lora_recipes.run_dir import Locked, cache_folder, published, read_json, read_jsonl, write_json
+
+INT_LIST = pyarrow.list_(pyarrow.int32())
+SCHEMA = pyarrow.schema({"input_ids": INT_LIST, "labels": INT_LIST})
+# Per good row, in file order. `row` counts the rows of the split from 0, bad ones too; `number` is the line or row of the
+# file; `first` and `last` bound the trained tokens; `hash` is the content's.
+STATS = {
+    "row": numpy.int64,
+    "in_file": numpy.int32,
+    "number": numpy.int64,
+    "length": numpy.int32,
+    "trained": numpy.int32,
+    "first": numpy.int32,
+    "last": numpy.int32,
+    "hash": numpy.uint64,
+    "flags": numpy.uint8,
+}
+DOUBLE_BOS, THINKING_LEFT_OUT, ODD_CHARACTERS = 1, 2, 4
+DISK_FACTOR = 3  # bytes of tokens a byte of JSON text, at most: 8 bytes a token, a token seldom below 3 characters
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One split of one source.
+
+    Attributes:
+        tokens: rows with `input_ids` and `labels`, int32, uncut; None where nothing is kept on disk (streaming).
+        stats: column of STATS → array, one entry a good row.
+        problems: the first KEPT bad rows; `counts` has all of them by kind.
+        rows: rows of the split, good and bad.
+        odd: kind of odd character → rows.
+        places: file → what its numbers count, in the order of `stats["in_file"]`.
+        rejected: bad rows with their reason, to be read only when they are written out.
+    """
+
+    source: Source
+    split: str
+    settings: RowSettings
+    tokens: datasets.Dataset | None
+    stats: dict[str, Any]
+    problems: list[Problem]
+    counts: Counter[str]
+    rows: int
+    odd: Counter[str]
+    places: list[tuple[str, str]]
+    rejected: Path | None
+    key: str
+
+    def place(self, index: int) -> str:
+        """`file:line` of the good row at `index`."""
+        name, unit = self.places[int(self.stats["in_file"][index])]
+        number = int(self.stats["number"][index])
+        return f"{name}:{number}" if unit == "line" else f"{name} row {number}"
+
+
+class Tokenizing:
+    """The work on one chunk: check, convert, render, tokenize, mask. Picklable, and the same for every chunk."""
+
+    def __init__(self, masker: Masker, settings: RowSettings) -> None:
+        self.masker, self.settings = masker, settings
+        self.vocabulary = len(masker.tokenizer)
+
+    def __call__(self, chunk: Chunk) -> "Part":
+        part, rendered, kept = Part(), [], []
+        for number, row in rows_of(chunk):
+            index = part.rows
+            part.rows += 1
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                conversation = convert(row, self.settings)
+                ready = self._ids(conversation) if conversation.input_ids is not None else self._text(conversation)
+            except BadRow as bad:
+                part.reject(bad, index, number, chunk, row)
+                continue
+            rendered.append(ready)
+            kept.append((index, number, row))
+        texts = [ready for ready in rendered if isinstance(ready, Rendered)]
+        made = iter(self.masker.tokenize(texts))
+        for ready, (index, number, row) in zip(rendered, kept, strict=True):
+            tokens = next(made) if isinstance(ready, Rendered) else ready
+            if isinstance(tokens, Tokenized) and not (tokens.labels != IGNORED).any():
+                tokens = BadRow("nothing_to_learn", "", "no token of the row carries loss")
+            if isinstance(tokens, BadRow):
+                part.reject(tokens, index, number, chunk, row)
+            else:
+                part.add(index, number, tokens, self._flags(ready, tokens, part))
+        part.close()
+        return part
+
+    def _text(self, conversation: Conversation) -> Rendered:
+        rendered = self.masker.render(conversation)
+        require_encodable(rendered.text)
+        return rendered
+
+    def _ids(self, conversation: Conversation) -> Tokenized:
+        outside = [token for token in conversation.input_ids or [] if not 0 <= token < self.vocabulary] or [
+            label for label in conversation.labels or [] if label != IGNORED and not 0 <= label < self.vocabulary
+        ]
+        if outside:
+            raise BadRow(
+                "vocabulary",
+                "input_ids",
+                f"holds the token {outside[0]}; this tokenizer has 0 to {self.vocabulary - 1}",
+            )
+        return Tokenized(
+            numpy.array(conversation.input_ids, numpy.int32), numpy.array(conversation.labels, numpy.int32)
+        )
+
+    def _flags(self, ready: Rendered | Tokenized, tokens: Tokenized, part: "Part") -> int:
+        bos = self.masker.tokenizer.bos_token_id
+        flags = DOUBLE_BOS if bos is not None and list(tokens.input_ids[:2]) == [bos, bos] else 0
+        if isinstance(ready, Rendered):
+            flags |= THINKING_LEFT_OUT if ready.thinking_left_out else 0
+            if odd := odd_characters(ready.text):
+                part.odd.update(odd)
+                flags |= ODD_CHARACTERS
+        return flags
+
+
+class Part:
+    """What one chunk became."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.problems: list[Problem] = []
+        self.rejected: list[dict[str, Any]] = []
+        self.counts: Counter[str] = Counter()
+        self.odd: Counter[str] = Counter()
+        self.ids: Any = []  # arrays of one row each; one flat array once closed
+        self.labels: Any = []
+        self.rowwise: list[tuple[int, ...]] = []
+        self.stats: dict[str, Any] = {}
+
+    def reject(self, bad: BadRow, index: int, number: int, chunk: Chunk, row: Any) -> None:
+        problem = problem_of(bad, index, number, chunk)
+        self.problems.append(problem)
+        self.counts[bad.kind] += 1
+        self.rejected.append({"reason": str(problem), "kind": bad.kind, "row": excerpt_of(row)})
+
+    def add(self, index: int, number: int, tokens: Tokenized, flags: int) -> None:
+        trained = numpy.flatnonzero(tokens.labels != IGNORED)
+        content = hashlib.blake2b(tokens.input_ids.tobytes(), digest_size=8)
+        content.update(trained[:1].tobytes())  # the same words with loss elsewhere are another lesson
+        self.ids.append(tokens.input_ids)
+        self.labels.append(tokens.labels)
+        self.rowwise.append(
+            (
+                index,
+                0,
+                number,
+                len(tokens.input_ids),
+                len(trained),
+                int(trained[0]),
+                int(trained[-1]) + 1,
+                int.from_bytes(content.digest(), "little"),
+                flags,
+            )
+        )
+
+    def close(self) -> None:
+        """Many small arrays become a few large ones, which travel between processes at no cost."""
+        columns = zip(*self.rowwise, strict=True) if self.rowwise else [[] for _ in STATS]
+        self.stats = {
+            name: numpy.array(values, dtype=kind) for (name, kind), values in zip(STATS.items(), columns, strict=True)
+        }
+        empty = [numpy.zeros(0, numpy.int32)]
+        self.ids, self.labels = numpy.concatenate(self.ids or empty), numpy.concatenate(self.labels or empty)
+        self.rowwise = []
+
+    def batch(self) -> pyarrow.RecordBatch:
+        """The tokens as Arrow lists, without a copy."""
+        ends = numpy.concatenate([[0], numpy.cumsum(self.stats["length"])]).astype(numpy.int32)
+        columns = [
+            pyarrow.ListArray.from_arrays(pyarrow.array(ends), pyarrow.array(flat)) for flat in (self.ids, self.labels)
+        ]
+        return pyarrow.record_batch(columns, schema=SCHEMA)
+
+    def each(self) -> Iterator[dict[str, list[int]]]:
+        """Row by row, as streaming hands them on."""
+        ends = numpy.cumsum(self.stats["length"])
+        for start, end in zip(ends - self.stats["length"], ends, strict=True):
+            yield {"input_ids": self.ids[start:end].tolist(), "labels": self.labels[start:end].tolist()}
+
+
+def prepare(
+    source: Source, split: str, settings: RowSettings, masker: Masker, processes: int | None, *, keep: bool = True
+) -> Prepared:
+    """Tokens of a split, from the cache where nothing has changed.
+
+    Args:
+        split: a split's name, perhaps with a slice in brackets.
+        keep: whether tokens are kept on disk; without, only what was seen of the rows is.
+
+    Raises:
+        DataError: the files cannot be read, changed while they were read, or hold no row.
+        MachineError: no room for the tokens.
+    """
+    base = split.split("[")[0]
+    key = _key(source, base, settings, masker)
+    if key is None:
+        return _sliced(_scanned(source, base, settings, masker, processes, None, ""), split)
+    folder = cache_folder("data") / f"{key}{'' if keep else '-seen'}"
+    lock = Locked(folder.with_name(f"{folder.name}.lock"))
+    lock.acquire(wait=True)  # of several processes that start at once, one does the work
+    try:
+        if not (folder / "report.json").is_file():
+            _require_room(source, base, folder.parent, keep)
+            with published(folder) as staging:
+                _scanned(source, base, settings, masker, processes, staging, key, keep=keep)
+                if _key(source, base, settings, masker) != key:
+                    raise DataError(f"{source.where('data_files')}: a data file changed while it was read; start again")
+    finally:
+        lock.release()
+    return _sliced(_loaded(source, base, settings, folder, key), split)
+
+
+def _scanned(
+    source: Source,
+    split: str,
+    settings: RowSettings,
+    masker: Masker,
+    processes: int | None,
+    folder: Path | None,
+    key: str,
+    *,
+    keep: bool = False,
+) -> Prepared:
+    """One pass over the split, written into `folder` where there is one."""
+    collected: dict[str, list[Any]] = {name: [] for name in STATS}
+    problems: list[Problem] = []
+    counts: Counter[str] = Counter()
+    odd: Counter[str] = Counter()
+    places: list[tuple[str, str]] = []
+    rows = 0
+    rejected = (folder / "rejected.jsonl").open("w", encoding="utf-8") if folder else None
+    sink = pyarrow.ipc.new_stream(str(folder / "tokens.arrow"), SCHEMA) if folder and keep else None
+    for chunk, part in scan(source, split, Tokenizing(masker, settings), processes):
+        if not places or places[-1] != (chunk.file, chunk.unit):
+            places.append((chunk.file, chunk.unit))
+        part.stats["row"] += rows
+        part.stats["in_file"] += len(places) - 1
+        for name, values in part.stats.items():
+            collected[name].append(values)
+        problems += [replace(problem, row=problem.row + rows) for problem in part.problems[: KEPT - len(problems)]]
+        counts.update(part.counts)
+        odd.update(part.odd)
+        rows += part.rows
+        if rejected:
+            rejected.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in part.rejected)
+        if sink and len(part.stats["row"]):
+            sink.write_batch(part.batch())
+    stats = {
+        name: numpy.concatenate(parts) if parts else numpy.zeros(0, STATS[name]) for name, parts in collected.items()
+    }
+    for stream in (rejected, sink):
+        if stream:
+            stream.close()
+    if folder:
+        numpy.savez(folder / "stats.npz", allow_pickle=False, **stats)
+        write_json(
+            folder / "report.json",
+            {
+                "rows": rows,
+                "counts": dict(counts),
+                "odd": dict(odd),
+                "places": places,
+                "problems": [asdict(problem) for problem in problems],
+            },
+        )
+    return Prepared(source, split, settings, None, stats, problems, counts, rows, odd, places, None, key)
+
+
+def _loaded(source: Source, split: str, settings: RowSettings, folder: Path, key: str) -> Prepared:
+    report = read_json(folder / "report.json")
+    with numpy.load(folder / "stats.npz") as arrays:
+        stats = {name: arrays[name] for name in STATS}
+    tokens = None
+    if (folder / "tokens.arrow").is_file():
+        tokens = datasets.Dataset.from_file(str(folder / "tokens.arrow")) if len(stats["row"]) else None
+    return Prepared(
+        source,
+        split,
+        settings,
+        tokens,
+        stats,
+        [Problem(**problem) for problem in report["problems"]],
+        Counter(report["counts"]),
+        report["rows"],
+        Counter(report["odd"]),
+        [(name, unit) for name, unit in report["places"]],
+        folder / "rejected.jsonl",
+        key,
+    )
+
+
+def _sliced(prepared: Prepared, split: str) -> Prepared:
+    """Only the rows of `train[:10%]`; a slice counts the rows of the files, bad ones too."""
+    if "[" not in split:
+        return prepared
+    first, last = rows_in_slice(prepared.source, split, prepared.rows)
+    kept = numpy.flatnonzero((prepared.stats["row"] >= first) & (prepared.stats["row"] < last))
+    problems = [problem for problem in prepared.problems if first <= problem.row < last]
+    return replace(
+        prepared,
+        split=split,
+        tokens=prepared.tokens.select(kept) if prepared.tokens is not None else None,
+        stats={name: values[kept] for name, values in prepared.stats.items()},
+        problems=problems,
+        counts=Counter(problem.kind for problem in problems),
+        rows=last - first,
+    )
+
+
+def rejected_rows(prepared: Prepared) -> list[dict[str, Any]]:
+    """The bad rows of the split, each with its reason."""
+    if prepared.rejected is None or not prepared.counts:
+        return []
+    reasons = {str(problem) for problem in prepared.problems}
+    rows = read_jsonl(prepared.rejected)
+    return [row for row in rows if row["reason"] in reasons] if "[" in prepared.split else rows
+
+
+def _key(source: Source, split: str, settings: RowSettings, masker: Masker) -> str | None:
+    content = content_of(source, split)
+    if content is None:
+        return None
+    backend = masker.tokenizer.backend_tokenizer.to_str()
+    parts = {
+        **settings_key(settings),
+        "content": content,
+        "template": masker.template,
+        "marked": masker.marked,
+        "special": masker.special,
+        "end_ids": sorted(masker.end_ids),
+        "tokenizer": hashlib.sha256(backend.encode()).hexdigest(),
+        "versions": [version(name) for name in ("transformers", "tokenizers")],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _require_room(source: Source, split: str, folder: Path, keep: bool) -> None:
+    if source.is_hub() or not keep:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = DISK_FACTOR * sum(file.path.stat().st_size for file in local_files(source, split))
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        raise MachineError(
+            f"{source.where('data_files')}: the tokens may take {wanted / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB "
+            "are free; make room, set XDG_CACHE_HOME to another disk, or keep no tokens: dataset.streaming: true"
+        )
