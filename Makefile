@@ -9,7 +9,7 @@ CONFIG ?=
 VERBS := check show plan audit preview generate merge status
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test proofs lint schema data train new $(VERBS)
+.PHONY: help install install-dev demo test proofs lint bench-data schema data train new $(VERBS)
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z$$][a-zA-Z$$()_-]*:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ lint: install-dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench-data: install-dev  ## rows to tokens: ours, the bare tokenizer, SFTTrainer; BENCH="--rows 20000" for a quick look
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/data_preparation.py $(BENCH)
 
 schema: install  ## write lora_recipes/recipe/schema.json from the installed libraries
 	$(BIN)/python -m lora_recipes.introspect

@@ -97,7 +97,7 @@ TRAINING_VALUES: dict[str, Any] = {
     "activation_checkpointing_kwargs": {"use_reentrant": False},
     "lr_scheduler_kwargs": {"num_cycles": 2},
     "warmup_steps": 0.25,
-    "packing_strategy": "wrapped",
+    "packing_strategy": "bfd_split",
     "include_num_input_tokens_seen": "all",
     "torch_compile_backend": "eager",
     "torch_compile_mode": "reduce-overhead",

@@ -64,6 +64,6 @@ def _check_split(source: Source, split: str, settings: RowSettings, processes: i
     if problems:
         counts = Counter(problem.kind for problem in problems)
         raise DataError(said(problems[:SHOWN], counts, rows))
-    if rows == 0:
+    if rows <= 0:  # a slice may lie beyond the end
         raise DataError(f"{source.where('split')}: split `{split}` of {source.name} has no rows")
     write_json(sound, {"rows": rows})

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,12 +51,19 @@ FIELDS = tuple(dict.fromkeys(name for form in COLUMNS for name in (*COLUMNS[form
 THINKING = ("reasoning_content", "reasoning", "thinking")  # one thing, named by three families of templates
 
 
-class BadRow(Exception):
-    """What keeps a row from being trained on. `kind` is what it is counted under."""
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
 
-    def __init__(self, kind: str, field: str, message: str) -> None:
-        super().__init__(kind, field, message)
-        self.kind, self.field, self.message = kind, field, message
+
+JSON = json.JSONDecoder(parse_constant=_no_constant)  # NaN and Infinity are Python's own, and no text to learn
+
+
+class BadRow(Exception):
+    """What keeps a row from being trained on. `kind` is what it is counted under, `raw` a row that could not be parsed."""
+
+    def __init__(self, kind: str, field: str, message: str, raw: str = "") -> None:
+        super().__init__(kind, field, message, raw)
+        self.kind, self.field, self.message, self.raw = kind, field, message, raw
 
 
 @dataclass(frozen=True)
@@ -100,23 +107,31 @@ class Conversation:
     labels: list[int] | None = None
 
 
-def recognise(columns: Iterable[str], mapped: dict[str, str], text_field: str) -> str | None:
+def recognise(columns: Collection[str], mapped: dict[str, str], text_field: str) -> str | None:
     """The format that a row's columns are in; None when they are in none.
 
     Args:
         mapped: the source's `columns`, field → column.
     """
-    present = {field for field in FIELDS if mapped.get(field, field) in set(columns)}
-    if mapped.get("text", text_field) in set(columns):
-        present.add("text")
+    named = {"text": text_field} | mapped
+    present = {field for field in FIELDS if named.get(field, field) in columns}
     return next((form for form, marks in COLUMNS.items() if present.issuperset(marks)), None)
 
 
-def oriented(columns: dict[str, str]) -> dict[str, str]:
-    """`columns` as field → column; the other direction, column → field, is understood as well."""
-    if columns and not set(columns) & set(FIELDS) and set(columns.values()) <= set(FIELDS):
-        return {field: column for column, field in columns.items()}
-    return dict(columns)
+def oriented(columns: dict[str, str], present: Collection[str]) -> dict[str, str]:
+    """`columns` as field → column; the other direction, column → field, is understood as well.
+
+    Args:
+        present: the columns of the data.
+    """
+    reverse = {field: column for column, field in columns.items()}
+
+    def fits(mapping: dict[str, str]) -> bool:
+        return mapping.keys() <= set(FIELDS) and set(mapping.values()) <= set(present)
+
+    if fits(columns) or not reverse.keys() <= set(FIELDS):
+        return dict(columns)
+    return reverse if fits(reverse) or not columns.keys() & set(FIELDS) else dict(columns)
 
 
 def unknown_columns(columns: Iterable[str]) -> str:
@@ -136,12 +151,17 @@ def convert(row: Any, settings: RowSettings) -> Conversation:
         BadRow: the row cannot be trained on.
     """
     if not isinstance(row, dict):
-        raise BadRow("not_an_object", "", f"a row must be an object with named fields, found {_kind(row)}")
+        raise not_an_object(row)
     values = _fields(row, settings)
     conversation = CONVERTERS[settings.form](values, settings)
     if conversation.messages:
         _check_order(conversation, settings)
     return conversation
+
+
+def not_an_object(row: Any) -> BadRow:
+    """For a row without names."""
+    return BadRow("not_an_object", "", f"a row must be an object with named fields, found {_kind(row)}")
 
 
 def _fields(row: Row, settings: RowSettings) -> Row:
@@ -155,7 +175,7 @@ def _fields(row: Row, settings: RowSettings) -> Row:
             raise BadRow(
                 "other_format",
                 named.get(name, name),
-                f"is missing; the rows before are in the format `{settings.form}`, {what}",
+                f"is missing: the other rows are in the format `{settings.form}`, {what}",
             )
     return {name: row.get(named.get(name, name)) for name in (*marks, *OPTIONAL[settings.form])}
 
@@ -211,7 +231,7 @@ def _prompt_completion(values: Row, settings: RowSettings) -> Conversation:
     prompt, completion = values["prompt"], values["completion"]
     names = [settings.columns.get(name, name) for name in ("prompt", "completion")]
     if isinstance(prompt, list) and isinstance(completion, list):
-        before, after = _message_list(prompt, names[0]), _message_list(completion, names[1])
+        before, after = _with_system(values, _message_list(prompt, names[0])), _message_list(completion, names[1])
         first = len(before) if settings.completion_only else 0
         return Conversation(
             before + after,
@@ -270,7 +290,7 @@ def _asked_and_answered(values: Row, asked: Any, answered: Any, names: list[str]
 
 
 def _input_ids(values: Row, settings: RowSettings) -> Conversation:
-    ids, labels = values["input_ids"], values["labels"]
+    ids, labels = _unpacked(values["input_ids"]), _unpacked(values["labels"])
     for name, numbers in (("input_ids", ids), ("labels", labels)):
         if numbers is None and name == "labels":
             continue
@@ -307,15 +327,17 @@ def _with_system(values: Row, messages: list[Message]) -> list[Message]:
         return messages
     if not isinstance(system, str):
         raise BadRow("field_type", "system", f"is {_kind(system)}, not text")
+    if messages[0]["role"] == "system":
+        raise BadRow("role_order", "system", "is a second system message: the first message is one already")
     return [{"role": "system", "content": system}, *messages]
 
 
 def _unpacked(value: Any) -> Any:
     """A list or object that was written as JSON text, as CSV must and some data sets do."""
-    if isinstance(value, str) and value[:1] in ("[", "{"):
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
-        except ValueError:
+            return JSON.decode(value)
+        except (ValueError, RecursionError):
             return value
     return value
 
@@ -327,7 +349,8 @@ def _tools(values: Row) -> list[Any] | None:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow("tools", "tools", f"must be a list of JSON schemas, found {_kind(tools)}")
     for number, tool in enumerate(tools, start=1):
-        if not isinstance((tool.get("function") or tool).get("name"), str):
+        function = tool.get("function") or tool
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRow("tools", "tools", f"number {number} has no `name`")
     return tools
 
@@ -347,15 +370,16 @@ def _message_list(messages: Any, name: str) -> list[Message]:
         raise BadRow("field_type", name, f"is {_kind(messages)}, not a list of messages")
     if not messages:
         raise BadRow("empty", name, "is empty")
-    return [_message(message, f"{name} {number}") for number, message in enumerate(messages, start=1)]
+    return [_message(message, f"message {number} of `{name}`") for number, message in enumerate(messages, start=1)]
 
 
 def _message(message: Any, place: str) -> Message:
     """One message with `role` and text as `content`; what else it carries stays as it is."""
     if not isinstance(message, dict):
         raise BadRow("field_type", place, f"is {_kind(message)}, not a message")
+    key = "content"
     if "role" not in message and "from" in message:
-        message = _from_sharegpt(message, place)
+        message, key = _from_sharegpt(message, place), "value"
     if "role" not in message:
         raise BadRow("field_type", place, "has no `role`")
     role, content, calls = message["role"], message.get("content"), message.get("tool_calls")
@@ -370,7 +394,7 @@ def _message(message: Any, place: str) -> Message:
     if content is None and (calls or any(message.get(name) for name in THINKING)):
         content = ""
     if not isinstance(content, str):
-        raise BadRow("field_type", place, f"({role}): `content` is {_kind(content)}, not text")
+        raise BadRow("field_type", place, f"({role}): `{key}` is {_kind(content)}, not text")
     return message if message.get("content") is content else {**message, "content": content}
 
 
@@ -402,14 +426,16 @@ def _call_list(calls: Any, place: str) -> list[Any]:
 
 def _tool_call(call: Any, place: str) -> dict[str, Any]:
     """A call with its arguments as an object. Templates write them as JSON; text would be quoted a second time."""
+    if isinstance(call, str):
+        raise BadRow("tool_call", place, "a tool call is no JSON")
     function = (call.get("function") or call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRow("tool_call", place, "a tool call has no `name`")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except ValueError as error:
+            arguments = JSON.decode(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError) as error:
             raise BadRow(
                 "tool_call", place, f"the arguments of tool `{function['name']}` are no JSON: {error}"
             ) from None
@@ -430,6 +456,8 @@ def _check_order(conversation: Conversation, settings: RowSettings) -> None:
             raise BadRow("role_order", f"message {number}", f"is from {role}, which may only come first")
         if role == before and role in ("user", "assistant"):
             raise BadRow("role_order", f"message {number}", f"follows another {role} message; join the two")
+        if role == "user" and conversation.answers_only and not message["content"].strip():
+            raise BadRow("empty", f"message {number}", "(user) is empty")
         if role == "tool" and before not in ("assistant", "tool"):
             raise BadRow("role_order", f"message {number}", "is a tool's answer that no assistant message asked for")
         before = role
@@ -462,15 +490,15 @@ def texts_of(conversation: Conversation) -> Iterable[str]:
 
 
 def _strings(value: Any) -> Iterable[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, child in value.items():
-            if key != "role":
-                yield from _strings(child)
-    elif isinstance(value, list):
-        for child in value:
-            yield from _strings(child)
+    left = [value]  # without recursion, which a row nested deep enough would exhaust
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            left += [child for key, child in value.items() if key != "role"]
+        elif isinstance(value, list):
+            left += value
 
 
 def _kind(value: Any) -> str:

@@ -1,11 +1,24 @@
 """What form the rows of a source are in, told from its first rows before anything else is read."""
 
 from itertools import islice
+from typing import Any
 
 from lora_recipes.data.files import Source
-from lora_recipes.data.formats import FIELDS, BadRow, RowSettings, oriented, recognise, unknown_columns
+from lora_recipes.data.formats import (
+    COLUMNS,
+    FIELDS,
+    BadRow,
+    RowSettings,
+    not_an_object,
+    oriented,
+    recognise,
+    unknown_columns,
+)
+from lora_recipes.data.problems import SHOWN, Problem, problem_of
 from lora_recipes.data.readers import read_split, rows_of
 from lora_recipes.errors import DataError
+
+CHUNKS = 2  # that are looked at for a row that can be read
 
 
 def settings_of(source: Source) -> tuple[RowSettings, bool]:
@@ -14,21 +27,29 @@ def settings_of(source: Source) -> tuple[RowSettings, bool]:
     Raises:
         DataError: no rows, no known format, columns that are not there, a loss setting that the format cannot follow.
     """
-    recipe, columns = source.recipe, oriented(source.get("columns", {}))
-    text_field = recipe.get("training.dataset_text_field", "text")
-    row = _first_row(source)
-    if missing := [column for column in columns.values() if column not in row]:
-        found = ", ".join(f"`{column}`" for column in row)
-        raise DataError(
-            f"{source.where('columns')}: there is no column `{missing[0]}` in {source.name}; found: {found}"
-        )
+    recipe, text_field = source.recipe, source.recipe.get("training.dataset_text_field", "text")
+    rows = _first_rows(source)
+    present = list(dict.fromkeys(name for row in rows for name in row))
+    found = ", ".join(f"`{column}`" for column in present)
+    columns = oriented(source.get("columns", {}), present)
     if unknown := [field for field in columns if field not in FIELDS]:
         raise DataError(
             f"{source.where('columns')}: `{unknown[0]}` is no field of a format; fields: {', '.join(sorted(FIELDS))}"
         )
-    form = source.get("format") or recognise(row, columns, text_field)
+    if missing := [column for column in columns.values() if column not in present]:
+        raise DataError(
+            f"{source.where('columns')}: there is no column `{missing[0]}` in {source.name}; found: {found}"
+        )
+    known = (form for row in rows if (form := recognise(row, columns, text_field)))
+    form = source.get("format") or next(known, None)
     if form is None:
-        raise DataError(f"{source.where('data_files')}: {source.name}: {unknown_columns(row)}")
+        raise DataError(f"{source.where('data_files')}: {source.name}: {unknown_columns(present)}")
+    named = [({"text": text_field} | columns).get(name, name) for name in COLUMNS[form]]
+    if missing := [column for column in named if column not in present]:
+        raise DataError(
+            f"{source.where('format')}: `format: {form}` needs the column `{missing[0]}`, which is not in {source.name}; "
+            f"found: {found}"
+        )
     answers_only = bool(recipe.get("training.assistant_only_loss"))
     settings = RowSettings(
         form=form,
@@ -38,23 +59,27 @@ def settings_of(source: Source) -> tuple[RowSettings, bool]:
         completion_only=recipe.get("training.completion_only_loss") is not False,
         control_tokens=source.get("control_tokens", "error"),
     )
-    _require_meaningful_loss(source, settings, plain=isinstance(row.get(columns.get("prompt", "prompt")), str))
+    plain = any(isinstance(row.get(columns.get("prompt", "prompt")), str) for row in rows)
+    _require_meaningful_loss(source, settings, plain=plain)
     literal = form == "input_ids" or (form == "text" and not answers_only)
     return settings, not literal
 
 
-def _first_row(source: Source) -> dict:
-    """The first object among the rows; only its names are looked at."""
-    broken = None
-    for chunk in islice(read_split(source, source.split), 2):
+def _first_rows(source: Source) -> list[dict[str, Any]]:
+    """The objects in the first chunk that has any."""
+    broken: list[Problem] = []
+    for chunk in islice(read_split(source, source.split), CHUNKS):
+        rows = []
         for number, row in rows_of(chunk):
             if isinstance(row, dict):
-                return row
-            broken = broken or f"{chunk.place(number)}: " + (
-                row.message if isinstance(row, BadRow) else "a row must be an object with named fields"
-            )
+                rows.append(row)
+            else:
+                broken.append(problem_of(row if isinstance(row, BadRow) else not_an_object(row), 0, number, chunk))
+        if rows:
+            return rows
     if broken:
-        raise DataError(broken)
+        shown = "\n".join(map(str, broken[:SHOWN]))
+        raise DataError(f"{shown}\nnone of the first {len(broken):,} rows of {source.name} can be read")
     raise DataError(f"{source.where('data_files')}: {source.name}: split `{source.split}` has no rows")
 
 

@@ -121,35 +121,31 @@ class LoadedData:
         return streams[0].shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
 
     def _rows(self, rows: SourceRows, part: Part, indices: Any) -> datasets.IterableDataset:
-        times = numpy.bincount(indices, minlength=len(part.prepared.stats["row"])).astype(numpy.uint8)
-        wanted = {int(row): int(count) for row, count in zip(part.prepared.stats["row"], times, strict=True) if count}
-        return datasets.IterableDataset.from_generator(
-            _streamed,
-            features=TOKENS,
-            gen_kwargs={"again": _Again(rows, part.prepared, wanted, self.limit)},
-        )
+        prepared = part.prepared
+        times = numpy.zeros(
+            int(prepared.stats["row"].max(initial=-1)) + 1, numpy.uint8
+        )  # by row of the split; how often it is seen
+        numpy.add.at(times, prepared.stats["row"][indices], 1)
+        again = _Again(rows.masker, replace(prepared, stats={}), times, self.limit)
+        return datasets.IterableDataset.from_generator(_streamed, features=TOKENS, gen_kwargs={"again": again})
 
 
 @dataclass
 class _Again:
-    """A split that is read and tokenized once more, for its wanted rows."""
+    """A split that is read and tokenized once more, each row as often as `times` says."""
 
-    rows: SourceRows
+    masker: Masker
     prepared: Prepared
-    wanted: dict[int, int]
+    times: Any
     limit: int | None
-
-    def __reduce__(self) -> Any:  # hashed by `datasets`: the key says it all
-        return (_Again, (self.rows, replace(self.prepared, tokens=None), self.wanted, self.limit))
 
 
 def _streamed(again: _Again) -> Iterator[dict[str, list[int]]]:
-    prepared = again.prepared
-    first = 0
-    work = Tokenizing(again.rows.masker, prepared.settings)
+    first, prepared = 0, again.prepared
+    work = Tokenizing(again.masker, prepared.settings)
     for _, part in scan(prepared.source, prepared.split.split("[")[0], work, 1):
         for index, row in zip(part.stats["row"], part.each(), strict=True):
-            for _ in range(again.wanted.get(first + int(index), 0)):
+            for _ in range(again.times[first + int(index)] if first + int(index) < len(again.times) else 0):
                 yield {name: values[: again.limit] for name, values in row.items()}
         first += part.rows
 
@@ -195,9 +191,8 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, end_ids: set[i
 
 
 def _limit(recipe: Recipe) -> int | None:
-    """Tokens that a row is cut at; None where none is cut: these two ways of packing split long rows instead."""
-    splits = recipe.get("training.packing_strategy", "bfd") in ("bfd_split", "wrapped")
-    if recipe.get("training.packing") and splits:
+    """Tokens that a row is cut at; None where none is cut: this way of packing splits long rows instead."""
+    if recipe.get("training.packing") and recipe.get("training.packing_strategy") == "bfd_split":
         return None
     return recipe.get("training.max_length", MAX_LENGTH)
 

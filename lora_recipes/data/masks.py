@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +11,9 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lora_recipes.data.formats import THINKING, BadRow, Conversation, Message, texts_of
+from lora_recipes.data.encode import Encoder, Pieces, Tokens
+from lora_recipes.data.formats import THINKING, BadRow, Conversation, Message
+from lora_recipes.errors import DataError
 
 IGNORED = -100  # PyTorch's cross entropy ignore_index
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -76,9 +78,7 @@ class Masker:
         self.template, self.marked, self.origin = _template(tokenizer)
         self.parts = self._wants_parts()
         self.first_ids = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id]
-        self.backend = tokenizer.backend_tokenizer
-        self.backend.no_truncation()
-        self.backend.no_padding()
+        self.encoder = Encoder(tokenizer)
 
     # -- rendering --------------------------------------------------------------------------------------------------
 
@@ -88,22 +88,27 @@ class Masker:
         Raises:
             BadRow: the template refuses the conversation, or no mask can be trusted, or it drops what is to be learnt.
         """
-        literals = self._without_controls(conversation)
+        conversation, literals = self._without_controls(conversation)
         if conversation.text is not None:
             return Rendered(conversation.text, [], literals, whole=True, bare=True)
         messages = conversation.messages
         text, marks = self._render(messages, conversation, marks=self.marked and conversation.answers_only)
         if conversation.tools and not all(_name(tool) in text for tool in conversation.tools):
             raise BadRow("template", "tools", "are left out by the chat template; use one that knows tools")
+        for number, message in enumerate(messages):
+            if message["role"] != "tool":  # whose text templates may write as JSON
+                self._require_words(message, text, number)
         rendered = Rendered(text, [], literals, whole=not conversation.answers_only)
         if rendered.whole:
             return rendered
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.marked:
+            marks = _joined(marks, len(answers))
         for place, number in enumerate(answers):
             if number < conversation.first_trained:
                 continue
-            span = self._answer_span(conversation, number, text, _joined(marks, text, len(answers)), place)
-            self._require_words(messages[number], text[span[0] : span[1]], number, literals)
+            span = self._answer_span(conversation, number, text, marks, place)
+            self._require_words(messages[number], text[span[0] : span[1]], number)
             rendered.thinking_left_out |= _thinking(messages[number]) not in text[span[0] : span[1]]
             rendered.spans.append(span)
         return rendered
@@ -137,13 +142,13 @@ class Masker:
         ends = [match.end() for match in self.controls.finditer(text, len(before) + len(said))]
         return ends[0] if ends else len(before) + len(said)
 
-    def _require_words(self, message: Message, words: str, number: int, literals: list[str]) -> None:
-        """What the assistant says must be in what is learnt; a template may trim it and leave out old thinking."""
-        said = message["content"].rpartition("</think>")[2].strip()
+    def _require_words(self, message: Message, words: str, number: int) -> None:
+        """What is said must be in the text; a template may trim it and leave out an assistant's old thinking."""
+        said, role = message["content"].strip(), message["role"]
+        if role == "assistant":
+            said = said.rpartition("</think>")[2].strip()
         if said not in words:
-            raise BadRow(
-                "template", f"message {number + 1}", "(assistant): the chat template drops or rewrites its text"
-            )
+            raise BadRow("template", f"message {number + 1}", f"({role}): the chat template drops or rewrites its text")
         for call in message.get("tool_calls") or []:
             if _name(call) not in words:
                 raise BadRow(
@@ -152,33 +157,31 @@ class Masker:
                     f"the chat template leaves out the call of tool `{_name(call)}`; use a template that knows tools",
                 )
 
-    def _without_controls(self, conversation: Conversation) -> list[str]:
+    def _without_controls(self, conversation: Conversation) -> tuple[Conversation, list[str]]:
         """Control tokens that a user wrote are refused, or become marks that are tokenized as plain text."""
-        found = None
-        for text in texts_of(conversation):
-            if found := self.controls.search(text):
-                break
-        if found is None or (self.control_tokens == "keep" and conversation.text is not None):
-            return []
+        if self.control_tokens == "keep" and conversation.text is not None:
+            return conversation, []
+        literals: list[str] = []
+
+        def marked(value: Any) -> Any:
+            if isinstance(value, str):
+                return self.controls.sub(lambda match: _literal(match.group(), literals), value)
+            if isinstance(value, dict):
+                return {marked(name): marked(child) for name, child in value.items()}
+            return [marked(child) for child in value] if isinstance(value, list) else value
+
+        messages = [{**marked(message), "role": message["role"]} for message in conversation.messages]
+        tools, text = marked(conversation.tools), marked(conversation.text)
+        if not literals:
+            return conversation, []
         if self.control_tokens != "escape":
             raise BadRow(
                 "control_token",
                 "",
-                f"the text holds {found.group()!r}, a control token of this tokenizer; remove it, or set "
+                f"the text holds {literals[0]!r}, a control token of this tokenizer; remove it, or set "
                 "dataset.control_tokens: escape to train on it as plain text",
             )
-        literals: list[str] = []
-
-        def marked(value: Any, key: str = "") -> Any:
-            if isinstance(value, str) and key != "role":
-                return self.controls.sub(lambda match: _literal(match.group(), literals), value)
-            if isinstance(value, dict):
-                return {name: marked(child, name) for name, child in value.items()}
-            return [marked(child) for child in value] if isinstance(value, list) else value
-
-        conversation.messages, conversation.tools = marked(conversation.messages), marked(conversation.tools)
-        conversation.text = marked(conversation.text)
-        return literals
+        return replace(conversation, messages=messages, tools=tools, text=text), literals
 
     def _render(
         self, messages: list[Message], conversation: Conversation, *, open_answer: bool = False, marks: bool = False
@@ -214,15 +217,26 @@ class Masker:
         return False
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
-        """The conversation as it is asked at inference: the tokenizer's own template, and the answer begun."""
-        messages = self._in_parts(conversation.messages)
-        return self.tokenizer.apply_chat_template(
-            messages,
-            tools=conversation.tools,
-            add_generation_prompt=True,
-            return_dict=False,
-            **conversation.template_kwargs,
-        )
+        """The conversation as it is asked at inference: the tokenizer's own template, and the answer begun.
+
+        Raises:
+            DataError: the template refuses the conversation.
+        """
+        literals: list[str] = []
+        if self.control_tokens == "escape":
+            conversation, literals = self._without_controls(conversation)
+        try:
+            asked = self.tokenizer.apply_chat_template(
+                self._in_parts(conversation.messages),
+                tools=conversation.tools,
+                add_generation_prompt=True,
+                tokenize=not literals,
+                return_dict=False,
+                **conversation.template_kwargs,
+            )
+        except RENDER_ERRORS as error:
+            raise DataError(f"the model's own chat template refuses a question: {error}") from None
+        return self._in_pieces(Rendered(asked, [], literals)).ids if literals else asked
 
     def _in_parts(self, messages: list[Message]) -> list[Message]:
         if not self.parts:
@@ -233,14 +247,10 @@ class Masker:
 
     def tokenize(self, rows: list[Rendered]) -> list[Tokenized | BadRow]:
         """Tokens and labels of many rows at once; a BadRow in the place of a row without a trustworthy mask."""
-        plain = [row.text for row in rows if not row.literals]
-        self.backend.encode_special_tokens = False
-        encodings = iter(self.backend.encode_batch(plain, add_special_tokens=False) if plain else [])
-        return [
-            self._labelled(row, self._in_pieces(row) if row.literals else _Encoded(next(encodings))) for row in rows
-        ]
+        encoded = iter(self.encoder.encode([row.text for row in rows if not row.literals]))
+        return [self._labelled(row, self._in_pieces(row) if row.literals else next(encoded)) for row in rows]
 
-    def _labelled(self, row: Rendered, encoded: "_Encoded | _Pieces") -> Tokenized | BadRow:
+    def _labelled(self, row: Rendered, encoded: Tokens) -> Tokenized | BadRow:
         try:
             if row.bare:
                 ids = [*self.first_ids, *encoded.ids, self.tokenizer.eos_token_id]
@@ -254,7 +264,7 @@ class Masker:
         except BadRow as bad:
             return bad
 
-    def _token_spans(self, row: Rendered, encoded: "_Encoded | _Pieces") -> list[Span]:
+    def _token_spans(self, row: Rendered, encoded: Tokens) -> list[Span]:
         """Each span in tokens, ended just after the token that ends its answer.
 
         The last answer must end with one that ends generation; an earlier one may end with another control token
@@ -268,8 +278,15 @@ class Masker:
                 stop = min(ends) + 1
             elif stop < len(ids) and ids[stop] in self.end_ids:
                 stop += 1
-            elif number + 1 == len(row.spans) or not any(token in self.special_ids for token in ids[first:stop]):
-                self._require_end([])
+            else:
+                closing = max((at for at in range(first, stop) if ids[at] in self.special_ids), default=-1)
+                if (
+                    closing < 0
+                    or number + 1 == len(row.spans)
+                    or self.tokenizer.decode(ids[closing + 1 : stop]).strip()
+                ):
+                    self._require_end([])
+                stop = closing + 1
             spans.append((first, stop))
         return spans
 
@@ -282,7 +299,7 @@ class Masker:
                 "the model would never learn to stop; set training.eos_token to the token that closes a turn",
             )
 
-    def _parted(self, row: Rendered, encoded: "_Encoded | _Pieces") -> "_Pieces":
+    def _parted(self, row: Rendered, encoded: Tokens) -> Pieces:
         """For an answer whose first characters the tokenizer joins with the prompt's last: cut there, as at inference."""
         pieces = self._in_pieces(row)
         if self.tokenizer.decode(pieces.ids) != self.tokenizer.decode(encoded.ids):
@@ -295,65 +312,18 @@ class Masker:
         """The end tokens as text."""
         return ", ".join(str(self.tokenizer.convert_ids_to_tokens(token)) for token in sorted(self.end_ids))
 
-    def _in_pieces(self, row: Rendered) -> "_Pieces":
+    def _in_pieces(self, row: Rendered) -> Pieces:
         """The text tokenized piece by piece: as at inference where an answer begins, plain text for its literals."""
         cuts = sorted({0, len(row.text), *(start for start, _ in row.spans)})
-        pieces = _Pieces()
+        pieces: list[tuple[str, int, bool]] = []
         for begin, end in pairwise(cuts):
             at = begin
             for match in LITERALS.finditer(row.text, begin, end):
-                pieces.add(self._ids(row.text[at : match.start()], literal=False), at)
-                pieces.add(self._ids(row.literals[int(match.group(1))], literal=True), match.start())
+                pieces.append((row.text[at : match.start()], at, False))
+                pieces.append((row.literals[int(match.group(1))], match.start(), True))
                 at = match.end()
-            pieces.add(self._ids(row.text[at:end], literal=False), at)
-        pieces.starts.append(len(row.text))
-        return pieces
-
-    def _ids(self, text: str, *, literal: bool) -> tuple[list[int], list[int]]:
-        encoded = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=literal, return_offsets_mapping=True
-        )
-        return encoded["input_ids"], [0 if literal else start for start, _ in encoded["offset_mapping"]]
-
-
-class _Encoded:
-    """Tokens of a text, and which of them holds a character."""
-
-    def __init__(self, encoding: Any) -> None:
-        self.encoding, self.ids = encoding, encoding.ids
-
-    def token_at(self, character: int) -> int:
-        """The first token that begins at or after a character."""
-        size = len(self.ids)
-        for place in range(character, character + 64):  # white space may lie in no token's offsets
-            token = self.encoding.char_to_token(place)
-            if token is not None:
-                start = self.encoding.token_to_chars(token)[0]
-                return token if start >= character else token + 1
-        return size
-
-    def straddles(self, character: int) -> bool:
-        """Whether a token begins before a character and goes on after it."""
-        token = self.encoding.char_to_token(character)
-        return token is not None and self.encoding.token_to_chars(token)[0] < character
-
-
-class _Pieces:
-    """The same of a text that was tokenized in pieces."""
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.starts: list[int] = []
-
-    def add(self, tokens: tuple[list[int], list[int]], at: int) -> None:
-        self.ids += tokens[0]
-        self.starts += [at + start for start in tokens[1]]
-
-    def token_at(self, character: int) -> int:
-        return int(numpy.searchsorted(self.starts[: len(self.ids)], character))
-
-    def straddles(self, character: int) -> bool:
-        return False
+            pieces.append((row.text[at:end], at, False))
+        return self.encoder.encode_pieces(pieces)
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[str | None, bool, str]:
@@ -376,7 +346,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[str | None, bool, str
     return own, False, "the difference of renders, verified against the whole"
 
 
-def _joined(marks: list[Span], text: str, answers: int) -> list[Span]:
+def _joined(marks: list[Span], answers: int) -> list[Span]:
     """The marked part of each answer. Marks that touch are one: a template may mark an answer in several parts."""
     joined: list[Span] = []
     for start, end in marks:
@@ -384,7 +354,7 @@ def _joined(marks: list[Span], text: str, answers: int) -> list[Span]:
             joined[-1] = (joined[-1][0], end)
         elif start < end:
             joined.append((start, end))
-    if marks and len(joined) != answers:
+    if len(joined) != answers:
         raise BadRow(
             "template", "", f"the chat template marks {len(joined)} answers where the conversation has {answers}"
         )

@@ -98,6 +98,9 @@ class Tokenizing:
             except BadRow as bad:
                 part.reject(bad, index, number, chunk, row)
                 continue
+            except RecursionError:
+                part.reject(BadRow("broken_json", "", "is nested too deep"), index, number, chunk, "")
+                continue
             rendered.append(ready)
             kept.append((index, number, row))
         texts = [ready for ready in rendered if isinstance(ready, Rendered)]

@@ -18,7 +18,7 @@ KINDS = {
     "encoding": "not UTF-8",
     "not_an_object": "not an object",
     "columns": "wrong number of cells",
-    "other_format": "another format than the rows before",
+    "other_format": "in another format",
     "field_type": "a field of the wrong type",
     "empty": "empty",
     "unknown_role": "an unknown role",
@@ -36,7 +36,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One row that cannot be trained on. `row` counts the rows of the split from 1, `number` lines or rows of the file."""
+    """One row that cannot be trained on. `row` counts the rows of the split from 0, `number` lines or rows of the file."""
 
     row: int
     file: str
@@ -57,7 +57,7 @@ class Problem:
     def as_json(self) -> dict[str, Any]:
         """With the keys that scripts may rely on."""
         line = self.number if self.unit == "line" else None
-        return {**asdict(self), "line": line, "text": str(self)}
+        return {**asdict(self), "row": self.row + 1, "line": line, "text": str(self)}
 
 
 def problem_of(bad: BadRow, row: int, number: int, chunk: Chunk) -> Problem:
@@ -67,7 +67,7 @@ def problem_of(bad: BadRow, row: int, number: int, chunk: Chunk) -> Problem:
 
 def excerpt_of(row: Any) -> str:
     """The row as rejected.jsonl repeats it."""
-    text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
+    text = row.raw if isinstance(row, BadRow) else json.dumps(row, ensure_ascii=False, default=str)
     return text[:RAW].encode("utf-8", "replace").decode("utf-8")
 
 

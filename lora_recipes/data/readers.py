@@ -1,7 +1,7 @@
 """Files become chunks of rows, each row with its true place; a broken row is kept, with what is wrong with it.
 
 JSON and CSV are read here, line by line: `datasets` gives no line numbers, fills absent keys with nulls, and reads the
-text "007" of a CSV file as a number. Parquet, Arrow and the hub are read by `datasets`.
+text "007" of a CSV file as a number. Parquet and Arrow are read by pyarrow, the hub by `datasets`.
 """
 
 import csv
@@ -10,20 +10,34 @@ import json
 import re
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, getincrementaldecoder
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from lora_recipes.data.files import COMPRESSED, DataFile, Source, local_files
-from lora_recipes.data.formats import BadRow
+from lora_recipes.data.formats import JSON, BadRow
 from lora_recipes.errors import DataError, MachineError, RefusedError
 
 CHUNK_BYTES = 1 << 20  # of JSON lines
 CHUNK_ROWS = 1000
-LONGEST_ROW = 1 << 27  # bytes; a JSON array is read through a window of at most this size
+LONGEST_ROW = 1 << 27  # bytes of a line, or characters of the window through which a JSON array is read
 EXCERPT = 80  # characters of a broken line that a message repeats
+ARROW_FILE = b"ARROW1"
 SPACE = re.compile(r"\s*")
+UTF16 = "looks like UTF-16; save the file as UTF-8"
+GBK = re.compile(rb"(?:[\x00-\x7f]|[\xa1-\xf7][\xa1-\xfe])*")  # Chinese in pairs of bytes; Latin-1 has them singly
+# How files begin that are no text, whatever they are called.
+BINARY = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstandard",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "Parquet",
+    ARROW_FILE: "Arrow",
+}
 
 
 @dataclass(frozen=True)
@@ -59,29 +73,56 @@ def rows_of(chunk: Chunk) -> Iterator[tuple[int, Any]]:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return JSON.decode(line.removeprefix(BOM_UTF8).decode())
     except UnicodeDecodeError as error:
-        return BadRow("encoding", "", not_utf8(line, error))
+        return BadRow("encoding", "", not_utf8(line, error.start), _raw(line))
     except json.JSONDecodeError as error:
-        return BadRow("broken_json", f"column {error.colno}", _said(error))
-    except RecursionError:
-        return BadRow("broken_json", "", "is nested too deep to be read")
+        return BadRow("broken_json", f"column {error.colno}", _said(error), _raw(line))
+    except (ValueError, RecursionError) as error:
+        return BadRow("broken_json", "", _unreadable(error), _raw(line))
+
+
+def _raw(line: bytes) -> str:
+    return line.decode("utf-8", "replace")
 
 
 def _said(error: json.JSONDecodeError) -> str:
+    if error.doc.count("\0") > len(error.doc) // 4:
+        return UTF16
+    if _ends_early(error):
+        return (
+            "broken JSON: the line ends mid-row (cut off here, or the row goes on in the next line, but a row must be one "
+            f"line): …{_printable(error.doc[-EXCERPT:])}"
+        )
     start = max(0, error.pos - EXCERPT // 2)
-    excerpt = " ".join(error.doc[start : start + EXCERPT].split())
-    return f"broken JSON: {error.msg}: …{excerpt}"
+    return f"broken JSON: {error.msg}: …{_printable(error.doc[start : start + EXCERPT])}"
 
 
-def not_utf8(line: bytes, error: UnicodeDecodeError) -> str:
-    """What is wrong with bytes that are no UTF-8, and what they may be."""
+def _ends_early(error: json.JSONDecodeError) -> bool:
+    return error.msg.startswith("Unterminated string") or not error.doc[error.pos :].strip()
+
+
+def _unreadable(error: Exception) -> str:
+    """Of JSON that is whole and cannot be held all the same."""
+    return "broken JSON: " + ("it is nested too deep" if isinstance(error, RecursionError) else str(error))
+
+
+def _printable(text: str) -> str:
+    """On one line, and nothing in it that a terminal would obey."""
+    return "".join(sign if sign.isprintable() else "\ufffd" for sign in " ".join(text.split()))
+
+
+def not_utf8(line: bytes, at: int) -> str:
+    """What is wrong with a line that is no UTF-8 from the byte `at` on, and what it may be."""
     if line.count(b"\0") > len(line) // 4:
-        return "looks like UTF-16; save the file as UTF-8"
-    around = line[max(0, error.start - 10) : error.start + 10].decode("latin-1").strip()
+        return UTF16
+    if line[at] == 0xED:  # the only sequence of UTF-8's form that begins so and is refused
+        return f"byte {at + 1} of the line begins half of a surrogate pair; write the character itself"
+    name, codec = ("GBK", "gb18030") if GBK.fullmatch(line) else ("Latin-1", "latin-1")
+    around = line[:at].decode()[-10:] + line[at : at + 20].decode(codec, "replace")[:10]
     return (
-        f"byte {error.start + 1} of the line (0x{line[error.start]:02X}) is not UTF-8; as Latin-1 it reads “{around}”: "
-        "save the file as UTF-8"
+        f"byte {at + 1} of the line (0x{line[at]:02X}) is not UTF-8; as {name} it reads “{_printable(around)}”: save the "
+        "file as UTF-8"
     )
 
 
@@ -98,56 +139,81 @@ def read_split(source: Source, split: str) -> Iterator[Chunk]:
     for file in local_files(source, split):
         try:
             yield from READERS[file.kind](file)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file.path}: {not_utf8(error.object, error)}") from None
-        except EOFError:
-            raise DataError(f"{file.path}: the file ends too early: it was cut off while it was written") from None
         except PermissionError:
             raise MachineError(f"{file.path} may not be read by this user; change the permission") from None
 
 
-def open_bytes(path: Path) -> BinaryIO:
-    """The file's bytes, uncompressed."""
-    if path.suffix not in COMPRESSED:
-        return path.open("rb")
+@contextmanager
+def _opened(file: DataFile) -> Iterator[io.BufferedReader]:
+    """The file's bytes, uncompressed, after its byte order mark.
+
+    Raises:
+        DataError: it is no UTF-8 text at all.
+    """
+    path = file.path
+    with _uncompressed(path) if path.suffix in COMPRESSED else path.open("rb") as stream:
+        head = stream.peek(1 << 12)[: 1 << 12]
+        for mark, name in BINARY.items():
+            if head.startswith(mark):
+                raise DataError(
+                    f"{path}: is {name}, not {file.kind}; give it its own ending and dataset.path, or unpack it"
+                )
+        # JSON begins with two ASCII characters; elsewhere a share of zeros tells.
+        zeros = b"\0" in head[:4] if file.kind == "json" else head.count(b"\0") > len(head) // 4
+        if head.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) or zeros:
+            raise DataError(f"{path}:1: {UTF16}")
+        stream.read(len(BOM_UTF8) if head.startswith(BOM_UTF8) else 0)
+        yield stream
+
+
+def _uncompressed(path: Path) -> io.BufferedReader:
     import fsspec
 
     try:
-        return fsspec.open(str(path), "rb", compression="infer").open()
+        stream = fsspec.open(str(path), "rb", compression="infer").open()
     except ValueError as error:  # a codec that is not installed
         raise MachineError(f"{path}: cannot be uncompressed here: {error}; uncompress it, or use gzip") from None
+    return io.BufferedReader(_Unpacking(path, stream), CHUNK_BYTES)
+
+
+class _Unpacking(io.RawIOBase):
+    """A compressed file; one that breaks off is named with the line that was the last to come out of it."""
+
+    def __init__(self, path: Path, stream: Any) -> None:
+        self.path, self.stream, self.line = path, stream, 1
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            block = self.stream.read1(len(buffer))  # `read` would lose what it has when it fails
+        except Exception as error:  # each codec has its own
+            raise DataError(f"{self.path}:{self.line}: the file ends mid-row or is damaged here: {error}") from None
+        self.line += block.count(b"\n")
+        buffer[: len(block)] = block
+        return len(block)
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
 
 
 def _json_chunks(file: DataFile) -> Iterator[Chunk]:
     """JSON lines, or one JSON array of rows."""
-    with _wrapped(file.path) as stream:
-        head = stream.read(1 << 12)
-        _refuse_utf16(file.path, head)
-        stream.seek(0)
-        if head.startswith(BOM_UTF8):
-            stream.read(len(BOM_UTF8))
-        if head.removeprefix(BOM_UTF8).lstrip()[:1] == b"[":
-            yield from _array_chunks(file.path, stream)
-        else:
-            yield from _line_chunks(file.path, stream)
+    with _opened(file) as stream:
+        array = stream.peek(1 << 12).lstrip()[:1] == b"["
+        yield from _array_chunks(file.path, stream) if array else _line_chunks(file.path, stream)
 
 
-def _wrapped(path: Path) -> Any:
-    stream = open_bytes(path)
-    return io.BufferedReader(stream, CHUNK_BYTES) if path.suffix in COMPRESSED else stream
-
-
-def _refuse_utf16(path: Path, head: bytes) -> None:
-    if head.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) or (head and head.count(b"\0") > len(head) // 4):
-        raise DataError(f"{path}:1: the file looks like UTF-16; save it as UTF-8")
-
-
-def _line_chunks(path: Path, stream: BinaryIO) -> Iterator[Chunk]:
+def _line_chunks(path: Path, stream: io.BufferedReader) -> Iterator[Chunk]:
     first, rest = 1, b""
-    for block in _blocks(path, stream, first):
+    while block := stream.read(CHUNK_BYTES):
         cut = block.rfind(b"\n") + 1
         if not cut:
             rest += block
+            if len(rest) > LONGEST_ROW:
+                raise DataError(f"{path}:{first}: the line is longer than {LONGEST_ROW >> 20} MiB")
             continue
         lines, rest = rest + block[:cut], block[cut:]
         yield Chunk(str(path), "line", first, lines=lines)
@@ -156,26 +222,13 @@ def _line_chunks(path: Path, stream: BinaryIO) -> Iterator[Chunk]:
         yield Chunk(str(path), "line", first, lines=rest)
 
 
-def _blocks(path: Path, stream: BinaryIO, first: int) -> Iterator[bytes]:
-    """Blocks of bytes; a compressed file that breaks off is named with the last line that came out of it."""
-    line = first
-    try:
-        while block := stream.read(CHUNK_BYTES):
-            yield block
-            line += block.count(b"\n")
-    except (EOFError, OSError) as error:
-        if path.suffix not in COMPRESSED:
-            raise
-        raise DataError(f"{path}:{line}: the file ends mid-row or is damaged after this line: {error}") from None
-
-
-def _array_chunks(path: Path, stream: BinaryIO) -> Iterator[Chunk]:
+def _array_chunks(path: Path, stream: io.BufferedReader) -> Iterator[Chunk]:
     rows = _array_rows(path, stream)
     while batch := list(islice(rows, CHUNK_ROWS)):
         yield Chunk(str(path), "line", batch[0][0], rows=batch)
 
 
-def _array_rows(path: Path, stream: BinaryIO) -> Iterator[tuple[int, Any]]:
+def _array_rows(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, Any]]:
     """(line, row) of one JSON array."""
     window = _Window(path, stream)
     window.take("[")
@@ -194,7 +247,7 @@ def _array_rows(path: Path, stream: BinaryIO) -> Iterator[tuple[int, Any]]:
 class _Window:
     """A window of text that slides over a JSON file, so that the file need not fit in memory."""
 
-    def __init__(self, path: Path, stream: BinaryIO) -> None:
+    def __init__(self, path: Path, stream: io.BufferedReader) -> None:
         self.path, self.stream = path, stream
         self.decoder = getincrementaldecoder("utf-8")()
         self.text, self.at, self.line = "", 0, 1
@@ -226,11 +279,13 @@ class _Window:
             raise DataError(f"{self.path}:{self.line}: the file ends mid-row: its JSON array is not closed")
         while True:
             try:
-                found, end = json.JSONDecoder().raw_decode(self.text, self.at)
+                found, end = JSON.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 if len(self.text) - self.at < LONGEST_ROW and self._grow():
                     continue
                 raise DataError(self._broken(error)) from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{self.path}:{self.line}: {_unreadable(error)}") from None
             line = self.line
             self.line += self.text.count("\n", self.at, end)
             self.at = end
@@ -244,15 +299,18 @@ class _Window:
         try:
             self.text = self.text[self.at :] + self.decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"{self.path}:{self.line}: in or after this line: {not_utf8(error.object, error)}"
-            ) from None
+            read = self.text[self.at :].encode() + error.object
+            at = len(read) - len(error.object) + error.start
+            begin = read.rfind(b"\n", 0, at) + 1
+            line = self.line + read.count(b"\n", 0, at)
+            told = not_utf8(read[begin:].split(b"\n")[0], at - begin)
+            raise DataError(f"{self.path}:{line}: {told}") from None
         self.at = 0
         return bool(block)
 
     def _broken(self, error: json.JSONDecodeError) -> str:
         line = self.line + self.text.count("\n", self.at, error.pos)
-        if error.msg.startswith("Unterminated string") or not self.text[error.pos :].strip():
+        if _ends_early(error):
             return f"{self.path}:{line}: the file ends mid-row (the row begins in line {self.line})"
         column = error.pos - self.text.rfind("\n", 0, error.pos)
         return f"{self.path}:{line}:{column}: {_said(error)}"
@@ -262,15 +320,25 @@ def _csv_chunks(file: DataFile) -> Iterator[Chunk]:
     """Every cell is text, as it is written. The number is that of the line on which a row begins."""
     csv.field_size_limit(2**31 - 1)
     delimiter = "\t" if ".tsv" in file.path.suffixes else ","
-    with _wrapped(file.path) as raw:
-        _refuse_utf16(file.path, raw.peek(1 << 12)[: 1 << 12])
-        rows = _csv_rows(file.path, csv.reader(io.TextIOWrapper(raw, "utf-8-sig", newline=""), delimiter=delimiter))
+    with _opened(file) as stream:
+        rows = _csv_rows(file.path, stream, delimiter)
         while batch := list(islice(rows, CHUNK_ROWS)):
             yield Chunk(str(file.path), "line", batch[0][0], rows=batch)
 
 
-def _csv_rows(path: Path, reader: Any) -> Iterator[tuple[int, Any]]:
+def _csv_rows(path: Path, stream: io.BufferedReader, delimiter: str) -> Iterator[tuple[int, Any]]:
+    foreign: list[str] = []  # what is wrong with lines that are no UTF-8, until their row is known
+
+    def lines() -> Iterator[str]:
+        for line in stream:
+            try:
+                yield line.decode()
+            except UnicodeDecodeError as error:
+                foreign.append(not_utf8(line, error.start))
+                yield _raw(line)
+
     names: list[str] = []
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     while True:
         number = reader.line_num + 1
         try:
@@ -278,23 +346,35 @@ def _csv_rows(path: Path, reader: Any) -> Iterator[tuple[int, Any]]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise DataError(f"{path}:{number}: broken CSV: {error}") from None
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{number}: in or after this line: {not_utf8(error.object, error)}") from None
+            ends = "unexpected end" in str(error)
+            what = (
+                "the file ends mid-row: a quote that this row opens is never closed" if ends else f"broken CSV: {error}"
+            )
+            raise DataError(f"{path}:{number}: {what}") from None
         if not cells:
             continue  # a blank line
         if not names:
             names = cells
+            twice = [name for name in names if name and names.count(name) > 1]
+            if foreign or twice:
+                raise DataError(
+                    f"{path}:{number}: {foreign[0] if foreign else f'the column `{twice[0]}` is there twice'}"
+                )
+        elif foreign:
+            yield number, BadRow("encoding", "", foreign[0], delimiter.join(cells))
+            foreign.clear()
         elif len(cells) == len(names):
             yield number, dict(zip(names, cells, strict=True))
         else:
-            yield number, BadRow("columns", "", f"has {len(cells)} cells for {len(names)} columns")
+            yield (
+                number,
+                BadRow("columns", "", f"has {len(cells)} cells for {len(names)} columns", delimiter.join(cells)),
+            )
 
 
 def _text_chunks(file: DataFile) -> Iterator[Chunk]:
     """One row a line, as the field `text`."""
-    with _wrapped(file.path) as stream:
-        _refuse_utf16(file.path, stream.peek(1 << 12)[: 1 << 12])
+    with _opened(file) as stream:
         rows = (
             (number, _text_row(line.rstrip(b"\r\n"))) for number, line in enumerate(stream, start=1) if line.strip()
         )
@@ -304,20 +384,18 @@ def _text_chunks(file: DataFile) -> Iterator[Chunk]:
 
 def _text_row(line: bytes) -> Any:
     try:
-        return {"text": line.decode("utf-8-sig")}
+        return {"text": line.removeprefix(BOM_UTF8).decode()}
     except UnicodeDecodeError as error:
-        return BadRow("encoding", "", not_utf8(line, error))
+        return BadRow("encoding", "", not_utf8(line, error.start), _raw(line))
 
 
 def _table_chunks(file: DataFile) -> Iterator[Chunk]:
-    """Parquet and Arrow. Their cells have one type a column, so a key that is null may be one that was never there."""
-    import datasets
+    """Parquet and Arrow, which `datasets` would read no differently but with torch imported."""
     import pyarrow
 
     try:
-        rows = datasets.load_dataset(file.kind, data_files=[str(file.path)], split="train", streaming=True)
-        yield from _batches(rows, str(file.path))
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowException, OSError, ValueError, StopIteration) as error:
+        yield from _chunked(_table_rows(file), str(file.path))
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, PermissionError):
             raise
         raise DataError(
@@ -325,9 +403,52 @@ def _table_chunks(file: DataFile) -> Iterator[Chunk]:
         ) from None
 
 
+def _table_rows(file: DataFile) -> Iterator[dict[str, Any]]:
+    for batch in _parquet_batches(file.path) if file.kind == "parquet" else _arrow_batches(file.path):
+        columns = [(name, _with_json(batch.schema.field(name).type)) for name in batch.schema.names]
+        for start in range(0, len(batch), CHUNK_ROWS):
+            for row in batch.slice(start, CHUNK_ROWS).to_pylist():
+                yield {name: _cell(row[name], kind) for name, kind in columns}
+
+
+def _parquet_batches(path: Path) -> Iterator[Any]:
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as table:
+        yield from table.iter_batches(CHUNK_ROWS)
+
+
+def _arrow_batches(path: Path) -> Iterator[Any]:
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as mapped:
+        if mapped.read(len(ARROW_FILE)) == ARROW_FILE:
+            table = pyarrow.ipc.open_file(mapped)
+            yield from (table.get_batch(number) for number in range(table.num_record_batches))
+        else:
+            mapped.seek(0)
+            yield from pyarrow.ipc.open_stream(mapped)
+
+
+def _with_json(kind: Any) -> Any:
+    """A column's Arrow type where JSON text lies in it, as `datasets` stores objects of many shapes; else None."""
+    return kind if "arrow.json" in str(kind) else None
+
+
+def _cell(value: Any, kind: Any = None) -> Any:
+    """A value without nulls in its mappings: Arrow fills in each key that another row has. JSON text keeps its own."""
+    if isinstance(value, dict):
+        return {
+            name: _cell(child, kind and kind.field(name).type) for name, child in value.items() if child is not None
+        }
+    if isinstance(value, list):
+        return [_cell(child, kind and kind.value_type) for child in value]
+    return JSON.decode(value) if isinstance(value, str) and getattr(kind, "extension_name", "") else value
+
+
 def _hub_chunks(source: Source, split: str) -> Iterator[Chunk]:
-    rows = load_hub(source, split)
-    yield from _batches(rows, f"{source.keys['path']} {split}")
+    rows = ({name: _cell(value) for name, value in row.items()} for row in load_hub(source, split))
+    yield from _chunked(rows, f"{source.keys['path']} {split}")
 
 
 def load_hub(source: Source, split: str) -> Any:
@@ -362,20 +483,10 @@ def load_hub(source: Source, split: str) -> Any:
         raise DataError(f"{where}: the data cannot be read: {error}") from None
 
 
-def _batches(rows: Any, name: str) -> Iterator[Chunk]:
-    numbered = (
-        (number, {name: _without_fill(value) for name, value in row.items()})
-        for number, row in enumerate(rows, start=1)
-    )
+def _chunked(rows: Iterator[dict[str, Any]], name: str) -> Iterator[Chunk]:
+    numbered = enumerate(rows, start=1)
     while batch := list(islice(numbered, CHUNK_ROWS)):
         yield Chunk(name, "row", batch[0][0], rows=batch)
-
-
-def _without_fill(value: Any) -> Any:
-    """Nulls out of nested structures: Arrow fills each key that another row has."""
-    if isinstance(value, dict):
-        return {key: _without_fill(child) for key, child in value.items() if child is not None}
-    return [_without_fill(child) for child in value] if isinstance(value, list) else value
 
 
 READERS = {

@@ -64,14 +64,15 @@ def row_of(data: LoadedData, number: int) -> ShownRow:
     left = number
     for rows in data.sources:
         prepared = rows.train.prepared
-        if left <= prepared.rows:
+        count = max(prepared.rows, int(prepared.stats["row"].max(initial=-1)) + 1)  # a slice keeps the file's numbers
+        if left <= count:
             (found,) = (prepared.stats["row"] == left - 1).nonzero()
             if len(found):
                 part = rows.train if found[0] in rows.train.indices or rows.heldout is None else rows.heldout
                 return _shown(data, rows, part, int(found[0]), "asked for")
             problem = next((str(problem) for problem in prepared.problems if problem.row == left - 1), "")
             raise RunError(f"row {number} is not trained on: {problem}")
-        left -= prepared.rows
+        left -= count
     raise RunError(f"there is no row {number}: the training splits have {number - left:,} rows")
 
 

@@ -23,6 +23,9 @@ class Recipe:
     values: Mapping[str, Any]
     origins: Mapping[str, Origin]
 
+    def __reduce__(self) -> Any:  # mapping proxies cannot be pickled, and data loader workers need a recipe
+        return _unpickled, (self.path, self.plain(), dict(self.origins))
+
     @property
     def name(self) -> str:
         """The file's name without `.yaml`: the name of the run folder, so that a copy never writes over its source."""
@@ -207,6 +210,10 @@ def _drop_null_sections(root: Node) -> Node:
 def _recipe(path: Path, root: Node) -> Recipe:
     origins = {key: node.key for key, node in root.entries()}
     return Recipe(path, _freeze(root.plain()), MappingProxyType(origins))
+
+
+def _unpickled(path: Path, values: dict[str, Any], origins: dict[str, Origin]) -> Recipe:
+    return Recipe(path, _freeze(values), MappingProxyType(origins))
 
 
 def _freeze(value: Any) -> Any:

@@ -141,6 +141,12 @@ def _packing(values: Values) -> Iterator[Finding]:
         )
     if training.get("packing") and training.get("max_length", 0) is None:
         yield Finding("training.packing", "needs a `training.max_length`, the length of a packed row")
+    if training.get("packing_strategy") == "wrapped":
+        yield Finding(
+            "training.packing_strategy",
+            "`wrapped` cuts rows anywhere and lets the documents of a packed row see each other",
+            "write `bfd`, or `bfd_split` to split long rows",
+        )
     if training.get("padding_free") and not training.get("packing") and training.get("max_length", 0) is not None:
         yield Finding(
             "training.padding_free",

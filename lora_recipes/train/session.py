@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainerState
 from trl import SFTConfig
 
 from lora_recipes import console
 from lora_recipes.data.audit import audit, require_sound, write_evidence
 from lora_recipes.data.load import LoadedData, load_data
-from lora_recipes.errors import MachineError, RefusedError, RunError
+from lora_recipes.errors import MachineError, RecipeError, RefusedError, RunError
 from lora_recipes.model.adapted import check_adapter
 from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer, model_config, refusals_of
 from lora_recipes.model.machine import Choices
@@ -26,6 +26,16 @@ from lora_recipes.train.preflight import Ready, data_hashes
 from lora_recipes.train.record import RecordCallback, write_manifest, write_status
 from lora_recipes.train.trainer import RecipeTrainer, build_trainer, training_arguments
 
+# Layers that read position ids; what else a config names as a layer type carries a state.
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+RECURRENT_FIELDS = (
+    "mamba_d_state",
+    "mamba_d_conv",
+    "ssm_state_size",
+    "state_size",
+    "conv_L_cache",
+    "attn_layer_indices",
+)
 # Above this a CPU run takes days; `training.use_cpu: true` says that it is meant.
 CPU_PARAMETERS = 1_500_000_000
 
@@ -46,6 +56,7 @@ def train(recipe: Recipe, ready: Ready, *, resume: bool) -> None:
         source = materialise(ready.source)
     tokenizer = load_tokenizer(recipe, source)
     config = model_config(recipe, source)
+    _refuse_leaking_packing(recipe, config)
     targets = find_targets(recipe, config)
     _require_small_on_cpu(recipe, choices, targets)
     ends = end_token_ids(recipe, source, tokenizer)
@@ -55,6 +66,8 @@ def train(recipe: Recipe, ready: Ready, *, resume: bool) -> None:
     base = load_base(recipe, source, choices)
     trainer = build_trainer(recipe, args, choices, base, tokenizer, data, [RecordCallback(run_dir)])
     last = _last_checkpoint(run_dir) if resume else None
+    if last is not None and data.streams:
+        _require_first_pass(recipe, last, _global_batch(args), report["epoch_rows"])
     if trainer.is_world_process_zero():
         describe(choices, trainer, data, report)
         _open_run(recipe, run_dir, source, choices, trainer, tokenizer, data, report, last)
@@ -66,6 +79,21 @@ def train(recipe: Recipe, ready: Ready, *, resume: bool) -> None:
 def _global_batch(args: SFTConfig) -> int:
     """Rows of one optimizer step."""
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def _refuse_leaking_packing(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Packed documents are kept apart by position ids, which only attention reads: a recurrent state runs on."""
+    if not (recipe.get("training.packing") or recipe.get("training.padding_free")):
+        return
+    others = sorted(set(getattr(config, "layer_types", None) or []) - ATTENTION_LAYERS)
+    recurrent = [name for name in RECURRENT_FIELDS if getattr(config, name, None)]
+    if others or recurrent:
+        key = "training.packing" if recipe.get("training.packing") else "training.padding_free"
+        raise RecipeError(
+            f"{recipe.where(key)}: {config.model_type} has layers that carry a state from token to token "
+            f"({', '.join(others or recurrent)}), so packed documents would leak into each other; set {key}=false and "
+            "training.train_sampling_strategy=group_by_length against padding"
+        )
 
 
 def _require_small_on_cpu(recipe: Recipe, choices: Choices, targets: Targets) -> None:
@@ -110,6 +138,16 @@ def _last_checkpoint(run_dir: RunDir) -> Path | None:
             return checkpoint
     console.say(f"Nothing to resume in {run_dir.checkpoints}: starting at step 0.")
     return None
+
+
+def _require_first_pass(recipe: Recipe, last: Path, rows_a_step: int, rows: int) -> None:
+    """A checkpoint does not say where a stream stands that has begun anew; within the first pass steps tell it."""
+    state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+    if state.global_step < state.max_steps and state.global_step * rows_a_step >= rows:
+        raise RunError(
+            f"{last} lies in the second pass over a stream of {rows:,} rows, which cannot be resumed exactly; train again "
+            f"under another name (lora-recipes new {recipe.path} NAME), or without dataset.streaming"
+        )
 
 
 def _run(trainer: RecipeTrainer, last: Path | None) -> None:

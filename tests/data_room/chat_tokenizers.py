@@ -4,7 +4,7 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 TRL = Path(str(files("trl").joinpath("chat_templates")))
@@ -12,7 +12,6 @@ CONTROL = re.compile(
     r"<[|｜][^<>\s]*[|｜]?>|<[a-z_]+\|>|<(?:bos|eos|start_of_turn|end_of_turn|end_of_utterance|sop|image)>|</?s>|\[gMASK\]"
 )
 PLAIN = re.compile(r"</?(?:think|tool_call|tool_response|arg_key|arg_value)>")  # added tokens, but no control tokens
-CHATML = ("qwen", "nemotron", "lfm2")
 # Name of a template begins with → (bos, the tokens that end generation, the tokenizer's own first).
 FAMILIES: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "cohere": ("<BOS_TOKEN>", ("<|END_OF_TURN_TOKEN|>",)),
@@ -32,22 +31,36 @@ FAMILIES: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "qwen": (None, ("<|im_end|>", "<|endoftext|>")),
     "smolvlm": ("<|im_start|>", ("<end_of_utterance>",)),
 }
+# How Llama 3 and Qwen cut a text into words: a run of line ends is one.
+WORDS = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 TEXT = [
-    "What is 2 times 3? Two times three is six.",
-    "You are a helpful assistant. The answer is not known.",
-    "Two times three makes six. <think> tool call",
+    "What is 2 times 3? Two times three is six.\n\nIt is six.",
+    "You are a helpful assistant.\n\nThe answer is not known.\n\n\n",
+    "Two times three makes six: \n think, assistant, user, function, call, name, arguments, parameter",
 ]
 
 
 def tokenizer_of(
-    template: str | None, bos: str | None, ends: tuple[str, ...], *, adds_bos: bool = False
+    template: str | None, bos: str | None, ends: tuple[str, ...], *, adds_bos: bool = False, trims: bool = False
 ) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer whose control tokens are those in the template's text, and the given ones."""
+    """A byte-level tokenizer whose control tokens are those in the template's text, and the given ones.
+
+    Args:
+        adds_bos: it puts the first token before every text.
+        trims: the space before a word lies in no token's offsets, though in its token.
+    """
     raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(WORDS, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False, trim_offsets=False),
+        ]
+    )
     raw.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator(TEXT * 4, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    raw.train_from_iterator(
+        TEXT * 4,
+        trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
+    )
     names = [*ends, *([bos] if bos else []), *CONTROL.findall(template or "")]
     raw.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in dict.fromkeys(names)])
     plain = dict.fromkeys(PLAIN.findall(template or ""))
@@ -56,6 +69,8 @@ def tokenizer_of(
         raw.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, raw.token_to_id(bos))]
         )
+    elif trims:
+        raw.post_processor = processors.ByteLevel(trim_offsets=True)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token=bos, eos_token=ends[0], pad_token=ends[0], clean_up_tokenization_spaces=False
     )

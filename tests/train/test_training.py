@@ -192,10 +192,17 @@ def test_a_run_leaves_its_evidence_and_only_safe_files(
         assert fact in shown
 
 
-def test_resume_goes_on_to_the_same_adapter_and_a_complete_run_trains_no_more(write_recipe: Callable[..., Path]):
-    whole = write_recipe("whole", training={"max_steps": 4, "save_strategy": "steps", "save_steps": 2})
+@pytest.mark.parametrize("streaming", [False, True], ids=["cached", "streamed"])
+def test_resume_goes_on_to_the_same_adapter_and_a_complete_run_trains_no_more(
+    write_recipe: Callable[..., Path], streaming: bool
+):
+    keys = {
+        "dataset": {"streaming": streaming},
+        "training": {"max_steps": 4, "save_strategy": "steps", "save_steps": 2},
+    }
+    whole = write_recipe("whole", **keys)
     assert launch(str(whole), []) == 0
-    torn = write_recipe("torn", training={"max_steps": 4, "save_strategy": "steps", "save_steps": 2})
+    torn = write_recipe("torn", **keys)
     assert launch(str(torn), []) == 0
     run_dir = RunDir.of("torn")
     # As if killed in step 4, half way through writing its checkpoint.
@@ -214,6 +221,18 @@ def test_resume_goes_on_to_the_same_adapter_and_a_complete_run_trains_no_more(wr
     assert launch(str(torn), [], resume=True) == 0
     assert launch(str(torn), []) == 2
     assert weights[1].stat().st_mtime_ns == stamp
+
+
+def test_a_stream_is_not_resumed_in_its_second_pass(write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture):
+    """The 24 rows are one pass of 6 steps; where a later pass stands is not in a checkpoint."""
+    path = write_recipe(
+        dataset={"streaming": True}, training={"max_steps": 10, "save_strategy": "steps", "save_steps": 8}
+    )
+    assert launch(str(path), []) == 0
+    cut_off(RunDir.of("tiny"))
+    shutil.rmtree(RunDir.of("tiny").checkpoints / "checkpoint-10")
+    assert launch(str(path), [], resume=True) == 2
+    assert "second pass" in capsys.readouterr().err
 
 
 def cut_off(run_dir: RunDir) -> None:
