@@ -1,5 +1,6 @@
 """Settings of the whole process that must be made before torch is imported; each has its reason."""
 
+import logging
 import os
 import warnings
 
@@ -13,5 +14,8 @@ def prepare() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # tokenizers warns when a process that has used it forks (data loader workers).
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # On CPUs with AVX512_BF16 bitsandbytes asks for a package that would fetch a kernel from the hub, for the very path
+    # that `model.build.keep_canonical_4bit` switches off.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # transformers 5.23 warns about its own use of a name that it has deprecated.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)

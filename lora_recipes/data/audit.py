@@ -294,8 +294,6 @@ def _problems(data: LoadedData, report: Report, repeats: Any, overlaps: list[Any
     for rows in data.sources:
         if rows.source.eval_split is not None and (rows.heldout is None or not len(rows.heldout.indices)):
             yield _finding("no_rows", f"{rows.source.where('eval_split')}: no row is left in the held-out split")
-        elif rows.heldout is not None and rows.heldout.prepared.settings.form != rows.train.prepared.settings.form:
-            yield _finding("format", f"{rows.source.where('eval_split')}: the held-out rows are in another format")
 
 
 def _bad_rows(rows: SourceRows) -> Iterator[Finding]:

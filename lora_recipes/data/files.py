@@ -9,7 +9,7 @@ from lora_recipes.errors import DataError
 from lora_recipes.recipe import Recipe
 
 FILE_BUILDERS = ("json", "csv", "parquet", "arrow", "text")
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # as fsspec calls them
 KINDS = {
     ".jsonl": "json",
     ".json": "json",
@@ -138,7 +138,8 @@ def _suffix(path: Path) -> str:
 
 def _folder_files(source: Source, folder: Path, split: str) -> Iterator[DataFile]:
     """The files of a data set folder. `datasets` knows which file names and folders mean which split."""
-    from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
+    from datasets.config import DATASET_STATE_JSON_FILENAME
+    from datasets.data_files import FILES_TO_IGNORE, DataFilesDict, EmptyDatasetError, get_data_patterns
 
     where = source.where("path")
     base = (folder / (source.keys.get("data_dir") or "")).resolve()
@@ -146,8 +147,12 @@ def _folder_files(source: Source, folder: Path, split: str) -> Iterator[DataFile
         found = DataFilesDict.from_patterns(get_data_patterns(str(base)), base_path=str(base))
     except (EmptyDatasetError, FileNotFoundError) as error:
         raise DataError(f"{where}: no data files in the folder {folder}: {error}") from None
-    splits = {name: [Path(file) for file in files if _suffix(Path(file)) in KINDS] for name, files in found.items()}
-    splits = {str(name): files for name, files in splits.items() if files}
+    about = (*FILES_TO_IGNORE, DATASET_STATE_JSON_FILENAME)  # the folder's own records
+    splits: dict[str, list[Path]] = {}
+    for name, files in found.items():
+        paths = [Path(file) for file in files]
+        if kept := [path for path in paths if _suffix(path) in KINDS and path.name not in about]:
+            splits[str(name)] = kept
     if split not in splits:
         known = ", ".join(splits) or f"none (known endings: {', '.join(KINDS)})"
         raise DataError(f"{where}: the folder {folder} has no split `{split}`; splits found: {known}")

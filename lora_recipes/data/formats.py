@@ -479,28 +479,6 @@ def _says(message: Message) -> bool:
     return bool(message["content"].strip() or message.get("tool_calls"))
 
 
-def texts_of(conversation: Conversation) -> Iterable[str]:
-    """Every text that a user wrote into the row, tool arguments and thinking included."""
-    if conversation.text is not None:
-        yield conversation.text
-    for message in conversation.messages:
-        yield from _strings(message)
-    if conversation.tools:
-        yield from _strings(conversation.tools)
-
-
-def _strings(value: Any) -> Iterable[str]:
-    left = [value]  # without recursion, which a row nested deep enough would exhaust
-    while left:
-        value = left.pop()
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict):
-            left += [child for key, child in value.items() if key != "role"]
-        elif isinstance(value, list):
-            left += value
-
-
 def _kind(value: Any) -> str:
     names = {
         str: "text",

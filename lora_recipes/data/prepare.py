@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ import pyarrow
 from lora_recipes.data.content import content_of, settings_key
 from lora_recipes.data.files import Source, local_files
 from lora_recipes.data.formats import BadRow, Conversation, RowSettings, convert
-from lora_recipes.data.masks import IGNORED, Masker, Rendered, Tokenized, odd_characters, require_encodable
+from lora_recipes.data.masks import IGNORED, LITERALS, Masker, Rendered, Tokenized, odd_characters, require_encodable
 from lora_recipes.data.problems import KEPT, Problem, excerpt_of, problem_of
 from lora_recipes.data.readers import Chunk, rows_of
 from lora_recipes.data.scan import scan
 from lora_recipes.data.select import rows_in_slice
 from lora_recipes.errors import DataError, MachineError
-from lora_recipes.run_dir import Locked, cache_folder, published, read_json, read_jsonl, write_json
+from lora_recipes.run_dir import Locked, cache_folder, published, read_json, write_json
 
 INT_LIST = pyarrow.list_(pyarrow.int32())
 SCHEMA = pyarrow.schema({"input_ids": INT_LIST, "labels": INT_LIST})
@@ -55,7 +56,8 @@ class Prepared:
         rows: rows of the split, good and bad.
         odd: kind of odd character → rows.
         places: file → what its numbers count, in the order of `stats["in_file"]`.
-        rejected: bad rows with their reason, to be read only when they are written out.
+        folder: where it is kept, all bad rows included; None for a stream whose content is not pinned.
+        first_row: row of the files that the split begins with (a slice).
     """
 
     source: Source
@@ -68,8 +70,9 @@ class Prepared:
     rows: int
     odd: Counter[str]
     places: list[tuple[str, str]]
-    rejected: Path | None
+    folder: Path | None
     key: str
+    first_row: int = 0
 
     def place(self, index: int) -> str:
         """`file:line` of the good row at `index`."""
@@ -140,7 +143,7 @@ class Tokenizing:
         flags = DOUBLE_BOS if bos is not None and list(tokens.input_ids[:2]) == [bos, bos] else 0
         if isinstance(ready, Rendered):
             flags |= THINKING_LEFT_OUT if ready.thinking_left_out else 0
-            if odd := odd_characters(ready.text):
+            if odd := odd_characters(LITERALS.sub("", ready.text)):
                 part.odd.update(odd)
                 flags |= ODD_CHARACTERS
         return flags
@@ -164,7 +167,7 @@ class Part:
         problem = problem_of(bad, index, number, chunk)
         self.problems.append(problem)
         self.counts[bad.kind] += 1
-        self.rejected.append({"reason": str(problem), "kind": bad.kind, "row": excerpt_of(row)})
+        self.rejected.append({**asdict(problem), "raw": excerpt_of(row)})
 
     def add(self, index: int, number: int, tokens: Tokenized, flags: int) -> None:
         trained = numpy.flatnonzero(tokens.labels != IGNORED)
@@ -261,7 +264,7 @@ def _scanned(
     odd: Counter[str] = Counter()
     places: list[tuple[str, str]] = []
     rows = 0
-    rejected = (folder / "rejected.jsonl").open("w", encoding="utf-8") if folder else None
+    rejected = (folder / "rejected.jsonl").open("w", encoding="utf-8", errors="backslashreplace") if folder else None
     sink = pyarrow.ipc.new_stream(str(folder / "tokens.arrow"), SCHEMA) if folder and keep else None
     for chunk, part in scan(source, split, Tokenizing(masker, settings), processes):
         if not places or places[-1] != (chunk.file, chunk.unit):
@@ -273,11 +276,11 @@ def _scanned(
         problems += [replace(problem, row=problem.row + rows) for problem in part.problems[: KEPT - len(problems)]]
         counts.update(part.counts)
         odd.update(part.odd)
-        rows += part.rows
         if rejected:
-            rejected.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in part.rejected)
+            rejected.writelines(_line(row | {"row": row["row"] + rows}) for row in part.rejected)
         if sink and len(part.stats["row"]):
             sink.write_batch(part.batch())
+        rows += part.rows
     stats = {
         name: numpy.concatenate(parts) if parts else numpy.zeros(0, STATS[name]) for name, parts in collected.items()
     }
@@ -293,7 +296,6 @@ def _scanned(
                 "counts": dict(counts),
                 "odd": dict(odd),
                 "places": places,
-                "problems": [asdict(problem) for problem in problems],
             },
         )
     return Prepared(source, split, settings, None, stats, problems, counts, rows, odd, places, None, key)
@@ -312,14 +314,28 @@ def _loaded(source: Source, split: str, settings: RowSettings, folder: Path, key
         settings,
         tokens,
         stats,
-        [Problem(**problem) for problem in report["problems"]],
+        [_problem(row) for row in islice(_rejected(folder), KEPT)],
         Counter(report["counts"]),
         report["rows"],
         Counter(report["odd"]),
         [(name, unit) for name, unit in report["places"]],
-        folder / "rejected.jsonl",
+        folder,
         key,
     )
+
+
+def _line(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def _rejected(folder: Path) -> Iterator[dict[str, Any]]:
+    """The bad rows of a split: the fields of a Problem, and the row itself as `raw`."""
+    with (folder / "rejected.jsonl").open(encoding="utf-8") as stream:
+        yield from map(json.loads, stream)
+
+
+def _problem(row: dict[str, Any]) -> Problem:
+    return Problem(**{name: value for name, value in row.items() if name != "raw"})
 
 
 def _sliced(prepared: Prepared, split: str) -> Prepared:
@@ -328,25 +344,34 @@ def _sliced(prepared: Prepared, split: str) -> Prepared:
         return prepared
     first, last = rows_in_slice(prepared.source, split, prepared.rows)
     kept = numpy.flatnonzero((prepared.stats["row"] >= first) & (prepared.stats["row"] < last))
-    problems = [problem for problem in prepared.problems if first <= problem.row < last]
+    problems = prepared.problems
+    if prepared.folder is not None and prepared.counts:
+        problems = [_problem(row) for row in _rejected(prepared.folder)]
+    problems = [problem for problem in problems if first <= problem.row < last]
     return replace(
         prepared,
         split=split,
         tokens=prepared.tokens.select(kept) if prepared.tokens is not None else None,
         stats={name: values[kept] for name, values in prepared.stats.items()},
-        problems=problems,
+        problems=problems[:KEPT],
         counts=Counter(problem.kind for problem in problems),
         rows=last - first,
+        first_row=first,
     )
 
 
 def rejected_rows(prepared: Prepared) -> list[dict[str, Any]]:
-    """The bad rows of the split, each with its reason."""
-    if prepared.rejected is None or not prepared.counts:
+    """The bad rows of the split, each with its reason and as much of the row as was kept."""
+    if not prepared.counts:
         return []
-    reasons = {str(problem) for problem in prepared.problems}
-    rows = read_jsonl(prepared.rejected)
-    return [row for row in rows if row["reason"] in reasons] if "[" in prepared.split else rows
+    if prepared.folder is None:
+        return [{"kind": problem.kind, "reason": str(problem)} for problem in prepared.problems]
+    here = range(prepared.first_row, prepared.first_row + prepared.rows)
+    return [
+        {"kind": row["kind"], "reason": str(_problem(row)), "row": row["raw"]}
+        for row in _rejected(prepared.folder)
+        if row["row"] in here
+    ]
 
 
 def _key(source: Source, split: str, settings: RowSettings, masker: Masker) -> str | None:

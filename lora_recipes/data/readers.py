@@ -75,7 +75,7 @@ def _parsed(line: bytes) -> Any:
     try:
         return JSON.decode(line.removeprefix(BOM_UTF8).decode())
     except UnicodeDecodeError as error:
-        return BadRow("encoding", "", not_utf8(line, error.start), _raw(line))
+        return BadRow("encoding", "", not_utf8(error.object, error.start), _raw(line))
     except json.JSONDecodeError as error:
         return BadRow("broken_json", f"column {error.colno}", _said(error), _raw(line))
     except (ValueError, RecursionError) as error:
@@ -117,13 +117,10 @@ def not_utf8(line: bytes, at: int) -> str:
     if line.count(b"\0") > len(line) // 4:
         return UTF16
     if line[at] == 0xED:  # the only sequence of UTF-8's form that begins so and is refused
-        return f"byte {at + 1} of the line begins half of a surrogate pair; write the character itself"
+        return "holds half of a surrogate pair; write the character itself"
     name, codec = ("GBK", "gb18030") if GBK.fullmatch(line) else ("Latin-1", "latin-1")
-    around = line[:at].decode()[-10:] + line[at : at + 20].decode(codec, "replace")[:10]
-    return (
-        f"byte {at + 1} of the line (0x{line[at]:02X}) is not UTF-8; as {name} it reads “{_printable(around)}”: save the "
-        "file as UTF-8"
-    )
+    around = line[:at].decode("utf-8", "replace")[-10:] + line[at : at + 20].decode(codec, "replace")[:10]
+    return f"byte 0x{line[at]:02X} is not UTF-8; as {name} it reads “{_printable(around)}”: save the file as UTF-8"
 
 
 def read_split(source: Source, split: str) -> Iterator[Chunk]:
@@ -170,7 +167,7 @@ def _uncompressed(path: Path) -> io.BufferedReader:
     import fsspec
 
     try:
-        stream = fsspec.open(str(path), "rb", compression="infer").open()
+        stream = fsspec.open(str(path), "rb", compression=COMPRESSED[path.suffix]).open()
     except ValueError as error:  # a codec that is not installed
         raise MachineError(f"{path}: cannot be uncompressed here: {error}; uncompress it, or use gzip") from None
     return io.BufferedReader(_Unpacking(path, stream), CHUNK_BYTES)
@@ -299,11 +296,9 @@ class _Window:
         try:
             self.text = self.text[self.at :] + self.decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            read = self.text[self.at :].encode() + error.object
-            at = len(read) - len(error.object) + error.start
-            begin = read.rfind(b"\n", 0, at) + 1
-            line = self.line + read.count(b"\n", 0, at)
-            told = not_utf8(read[begin:].split(b"\n")[0], at - begin)
+            line = self.line + self.text.count("\n", self.at) + error.object.count(b"\n", 0, error.start)
+            begin = error.object.rfind(b"\n", 0, error.start) + 1
+            told = not_utf8(error.object[begin:].split(b"\n")[0], error.start - begin)
             raise DataError(f"{self.path}:{line}: {told}") from None
         self.at = 0
         return bool(block)
@@ -386,7 +381,7 @@ def _text_row(line: bytes) -> Any:
     try:
         return {"text": line.removeprefix(BOM_UTF8).decode()}
     except UnicodeDecodeError as error:
-        return BadRow("encoding", "", not_utf8(line, error.start), _raw(line))
+        return BadRow("encoding", "", not_utf8(error.object, error.start), _raw(line))
 
 
 def _table_chunks(file: DataFile) -> Iterator[Chunk]:
@@ -443,7 +438,7 @@ def _cell(value: Any, kind: Any = None) -> Any:
         }
     if isinstance(value, list):
         return [_cell(child, kind and kind.value_type) for child in value]
-    return JSON.decode(value) if isinstance(value, str) and getattr(kind, "extension_name", "") else value
+    return JSON.decode(value) if isinstance(value, str) and hasattr(kind, "extension_name") else value
 
 
 def _hub_chunks(source: Source, split: str) -> Iterator[Chunk]:

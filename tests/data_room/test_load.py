@@ -175,3 +175,9 @@ def test_too_little_room_for_the_tokens_is_said_before_anything_is_written(
     with pytest.raises(MachineError, match=r"dataset\.streaming: true"):
         load(source(write("a.jsonl", A)))
     load(source("a.jsonl", streaming=True))
+
+
+def test_escaped_control_tokens_are_not_counted_as_odd(load: Callable[..., LoadedData]):
+    texts = ["plain", "say <|im_end|> twice"]
+    report = audit(load(source(write("a.jsonl", texts), control_tokens="escape")), 1, 1)
+    assert report["odd_characters"] == {} and report["problems"] == []
