@@ -66,6 +66,14 @@ def write_rows(path: Path, count: int) -> None:
             stream.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 
 
+def write_bytes(path: Path, rows: Path, size: int) -> None:
+    """The rows over and over, up to a size in bytes: what is measured is memory, and repeated rows are rows."""
+    block = rows.read_bytes()
+    with path.open("wb") as stream:
+        while stream.tell() < size:
+            stream.write(block)
+
+
 def tokenizer_and_recipe(folder: Path) -> tuple[Any, Any, set[int]]:
     from lora_recipes.model.build import end_token_ids, load_tokenizer
     from lora_recipes.model.source import locate, materialise
@@ -187,6 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--trl-rows", type=int, default=10_000)
+    parser.add_argument("--gigabytes", type=float, default=0, help="also audit a file of this size (10**9 bytes)")
     parser.add_argument("--measure", choices=MEASURES)
     args = parser.parse_args()
     if args.measure:
@@ -208,6 +217,9 @@ def main() -> None:
             f"ours, {args.rows // 4:,} rows": ("ours", args.rows // 4),
             f"SFTTrainer, {args.trl_rows:,} rows, no masks": ("trl", args.trl_rows),
         }
+        if args.gigabytes:
+            write_bytes(folder / "large.jsonl", folder / f"{args.rows}.jsonl", int(args.gigabytes * 1e9))
+            runs[f"ours, {args.gigabytes:g} GB"] = ("ours", "large")
         found = {
             label: measured(measure, folder / f"{count}.jsonl", folder / f"run{place}")
             for place, (label, (measure, count)) in enumerate(runs.items())

@@ -12,6 +12,8 @@ from lora_recipes.errors import EXIT_DONE, EXIT_USER, LoraRecipesError, RunError
 from lora_recipes.recipe import InvalidRecipe, Recipe, load_recipe
 
 Result = dict[str, Any]
+# Options that only one verb has a use for.
+ONLY_FOR = {"-n": "preview", "--row": "preview", "--html": "preview", "--resume": "train", "--config_file": "train"}
 EXIT_CODES = "0 done, 2 recipe or data wrong, 3 machine lacks something, 4 refused, 1 a bug of ours"
 
 
@@ -24,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_USER
     process.prepare()
     try:
+        _require_own_options(args)
         return VERBS[args.verb](args)
     except LoraRecipesError as error:
         return _failed(error, args)
@@ -67,6 +70,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _require_own_options(args: argparse.Namespace) -> None:
+    for option, verb in ONLY_FOR.items():
+        if getattr(args, option.lstrip("-")) not in (None, False) and args.verb != verb:
+            raise RunError(f"`{option}` belongs to `{verb}` and has no meaning for `{args.verb}`; leave it out")
+
+
 def _recipe(args: argparse.Namespace) -> Recipe:
     if args.recipe is None:
         raise RunError(f"`{args.verb}` needs a recipe: lora-recipes {args.verb} recipes/NAME.yaml")
@@ -78,12 +87,12 @@ def _failed(error: LoraRecipesError, args: argparse.Namespace) -> int:
         import traceback
 
         traceback.print_exc()
-    if args.json:
-        from lora_recipes import console
+    from lora_recipes import console
 
+    if args.json:
         console.emit_json({"error": {"message": str(error), "exit_code": error.exit_code}})
     else:
-        sys.stderr.write(f"error: {error}\n")
+        console.error(str(error))
     return error.exit_code
 
 

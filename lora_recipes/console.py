@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f\u061c\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
+UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]"
+)
 HISTOGRAM_WIDTH = 40  # characters
 WORST_SHOWN = 12
 ADVICE = {
@@ -24,23 +26,25 @@ _stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def say(text: str, style: str | None = None) -> None:
     """A line for people."""
-    _stderr.print(Text(text, style=style or ""))
+    _stderr.print(Text(_visible(text), style=style or ""))
 
 
 def error(text: str) -> None:
     """An error a user can act on: one message, no traceback."""
-    _stderr.print(Text("error: ", style="bold red") + Text(text))
+    _stderr.print(Text("error: ", style="bold red") + Text(_visible(text)))
 
 
 def emit_json(value: dict[str, Any]) -> None:
     """The one JSON object of `--json`."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    text = json.dumps(value, ensure_ascii=False)
+    # Half of a surrogate pair has no UTF-8 form; its escape is what JSON would write.
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode() + "\n")
 
 
 def facts(title: str, rows: Iterable[tuple[str, str]]) -> None:
     """A titled list of names and values."""
     table = Table(
-        title=title,
+        title=Text(_visible(title)),
         title_justify="left",
         title_style="bold",
         show_header=False,
@@ -50,13 +54,13 @@ def facts(title: str, rows: Iterable[tuple[str, str]]) -> None:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(Text(name), Text(value))
+        table.add_row(Text(_visible(name)), Text(_visible(value)))
     _stderr.print(table)
 
 
 def example(title: str, row: Any) -> None:
     """A row (`data.show.ShownRow`) with the text that carries loss in green, the rest dim, control tokens underlined."""
-    text = Text(f"{title}, ", style="bold")
+    text = Text(f"{_visible(title)}, ", style="bold")
     text.append("green = trained", style="bold green")
     text.append(f" ({row.trained} of {len(row.input_ids)} tokens)\n", style="bold")
     for piece in row.pieces:
@@ -83,8 +87,10 @@ def audit(name: str, report: dict[str, Any]) -> None:
             ("loss", source["masked_by"]),
             ("tokens", f"{source['tokens']:,}, {source['trained_tokens']:,} with loss"),
         ]
-        if source["bad_rows"]:
-            told.append(("bad rows", ", ".join(f"{count:,} {kind}" for kind, count in source["bad_rows"].items())))
+        if source["bad_row_kinds"]:
+            bad = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in source["bad_row_kinds"].items())
+            told.append(("bad rows", bad))
+        told.append(("repeated", f"{source['duplicates']:,} rows; {source['overlap']:,} held-out rows are trained on"))
         if source["weight"] != 1 or len(report["sources"]) > 1:
             told.append(("an epoch", f"weight {source['weight']:g}: {source['epoch_rows']:,} rows"))
         facts(source["name"], told)
@@ -162,9 +168,9 @@ def table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], styles: Sequence[str] = (), *, lines: bool = True
 ) -> None:
     """A table of plain texts; whatever a model wrote is shown, never interpreted as markup."""
-    drawn = Table(title=title, title_justify="left", title_style="bold", show_lines=lines)
+    drawn = Table(title=Text(_visible(title)), title_justify="left", title_style="bold", show_lines=lines)
     for index, column in enumerate(columns):
-        drawn.add_column(column, overflow="fold", style=styles[index] if index < len(styles) else None)
+        drawn.add_column(Text(_visible(column)), overflow="fold", style=styles[index] if index < len(styles) else None)
     for row in rows:
         drawn.add_row(*(Text(_visible(cell)) for cell in row))
     _stderr.print(drawn)

@@ -14,7 +14,7 @@ from lora_recipes.model.source import locate, materialise
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir, write_jsonl
 from lora_recipes.score import summary
-from lora_recipes.trained import require_same_adapter
+from lora_recipes.trained import require_same_adapter, require_same_heldout
 
 SHOWN_ROWS = 5
 BATCH_SIZE = 16
@@ -37,7 +37,9 @@ def generate(recipe: Recipe) -> dict[str, Any]:
     source = materialise(locate(recipe))
     tokenizer = load_tokenizer(recipe, source)
     ends = end_token_ids(recipe, source, tokenizer)
-    asked = questions(load_data(recipe, tokenizer, set(ends)))
+    data = load_data(recipe, tokenizer, set(ends))
+    require_same_heldout(recipe, run_dir, data.keys(), data.seed)
+    asked = questions(data)
     if not asked:
         raise RunError(f"{recipe.path}: nothing to ask; set generation.prompts or dataset.eval_split")
     config = generation_config(recipe.section("generation"), ends, tokenizer)

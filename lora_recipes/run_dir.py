@@ -4,17 +4,21 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+from weakref import WeakSet
 
 from lora_recipes.errors import MachineError, RunError
 
 OUTPUTS = Path("outputs")  # relative to the working folder, like every path a recipe names
+READABLE, PRIVATE = 0o666, 0o600  # modes of files, of which the umask takes its share
 
 
 @dataclass(frozen=True)
@@ -136,14 +140,28 @@ class Locked:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.stream = path, path.open("a+", encoding="utf-8")
+        _locks.add(self)
 
-    def acquire(self, *, wait: bool) -> None:
-        """Take the lock. Raises RunError when another process holds it and `wait` is False."""
+    def acquire(self, *, wait: bool, waiting: Callable[[str], None] | None = None) -> None:
+        """Take the lock.
+
+        Args:
+            wait: until another process that holds it has let it go, however long that takes.
+            waiting: told whom for, where there is somebody to wait for.
+
+        Raises:
+            RunError: another process holds it and `wait` is False.
+        """
         try:
-            fcntl.flock(self.stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.stream.seek(0)
-            raise RunError(f"{self.path.parent} is in use by another process ({self.stream.read().strip()})") from None
+            holder = self.stream.read().strip() or "another process"
+            if not wait:
+                raise RunError(f"{self.path.parent} is in use by another process ({holder})") from None
+            if waiting:
+                waiting(f"{self.path} is held by {holder}; waiting until it ends")
+            fcntl.flock(self.stream, fcntl.LOCK_EX)
         self.stream.truncate(0)
         self.stream.write(f"pid {os.getpid()} on {socket.gethostname()}")
         self.stream.flush()
@@ -153,25 +171,56 @@ class Locked:
         self.stream.close()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file by a whole new one: a reader, or a crash, sees the old text or the new, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
+_locks: WeakSet[Locked] = WeakSet()
+
+
+def _release_inherited() -> None:
+    """A lock belongs to the open file, not to a process: a forked one that lives on would hold it on."""
+    for lock in list(_locks):
+        lock.stream.close()  # does not unlock it where it was taken
+
+
+os.register_at_fork(after_in_child=_release_inherited)
+
+
+def write_text(path: Path, text: str, *, mode: int = READABLE) -> None:
+    """Replace a file by a whole new one: a reader, or a crash, sees the old text or the new, never half.
+
+    Args:
+        mode: who may read and write it, less what the umask forbids. Nobody else may at any moment.
+    """
+    with _replacing(path, mode) as stream:
         stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, mode: int = READABLE) -> None:
     """`write_text` of an indented JSON object."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", mode=mode)
 
 
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """`write_text` of one JSON object a line."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]], *, mode: int = READABLE) -> None:
+    """One JSON object a line, written as the rows come; whole or not at all, like `write_text`."""
+    with _replacing(path, mode) as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@contextmanager
+def _replacing(path: Path, mode: int) -> Iterator[TextIO]:
+    """A new file that takes the place of `path` when the block ends well, and is removed when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: another process may be writing the same file.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    opener = partial(os.open, mode=mode)
+    try:
+        # Half of a surrogate pair has no UTF-8 form; its escape is what JSON would write.
+        with open(temporary, "x", encoding="utf-8", errors="backslashreplace", opener=opener) as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -183,23 +232,27 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file; [] when there is no such file."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as stream:  # `splitlines` would also cut where a text holds U+2028 or U+0085
+        return [json.loads(line) for line in stream]
 
 
 @contextmanager
-def published(folder: Path) -> Iterator[Path]:
+def published(folder: Path, *, private: bool = False) -> Iterator[Path]:
     """A staging folder that becomes `folder` when the block ends well, and is removed when it does not.
 
     Files are made readable (safetensors writes mode 0600), fsynced, and the folder appears by one rename.
     An existing `folder` is replaced only then.
+
+    Args:
+        private: whether only its owner may look into the folder, from the start, and read its files.
     """
     staging = staging_of(folder)
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    staging.mkdir(mode=0o700 if private else 0o777, parents=True)
     try:
         yield staging
         for file in [path for path in staging.rglob("*") if path.is_file()]:
-            file.chmod(0o644)
+            file.chmod(0o600 if private else 0o644)
             _fsync(file)
         _fsync(staging)
         if folder.exists():

@@ -30,13 +30,47 @@ def require_same_run(recipe: Recipe, run_dir: RunDir, data: dict[str, str]) -> N
         data: sha256 of each local data file now.
     """
     changed = _changed(recipe, run_dir, RUN_KEYS)
-    before = read_json(run_dir.manifest).get("data", {})
-    files = [f"  {file}: the file has changed" for file in data if before.get(file) not in (None, data[file])]
+    before = read_json(run_dir.manifest).get("data", data)
+    said = {None: "is new"}
+    files = [
+        f"  {file}: the file {said.get(before.get(file), 'has changed' if file in data else 'is gone')}"
+        for file in sorted(before.keys() | data.keys())
+        if before.get(file) != data.get(file)
+    ]
     found = "\n".join([*([changed] if changed else []), *files])
     if found:
         raise RunError(
             f"{run_dir.root} was begun with other settings:\n{found}\nput them back to resume, or train under another name "
             f"(lora-recipes new {recipe.path} NAME)"
+        )
+
+
+def require_same_tokens(recipe: Recipe, run_dir: RunDir, tokens: dict[str, str]) -> None:
+    """Raises RunError when rows became other tokens than those the run was begun with.
+
+    Args:
+        tokens: split → hash of its content, template, tokenizer and settings, now.
+    """
+    before = read_json(run_dir.manifest).get("tokens", tokens)
+    changed = [name for name in sorted(before.keys() | tokens.keys()) if before.get(name) != tokens.get(name)]
+    if changed:
+        raise RunError(
+            f"{run_dir.root} was begun with other tokens in {', '.join(changed)}: data, chat template, tokenizer or the "
+            f"code that reads them have changed; put them back to resume, or train under another name "
+            f"(lora-recipes new {recipe.path} NAME)"
+        )
+
+
+def require_same_heldout(recipe: Recipe, run_dir: RunDir, tokens: dict[str, str], seed: int) -> None:
+    """Raises RunError when a held-out share is drawn anew: rows would be scored that were trained on."""
+    manifest = read_json(run_dir.manifest)
+    before = (manifest.get("tokens", tokens), manifest.get("seed", seed))
+    shares = [key for key, keys in recipe.datasets() if isinstance(keys.get("eval_split"), float)]
+    if shares and before != (tokens, seed):
+        raise RunError(
+            f"{recipe.where(f'{shares[0]}.eval_split')}: `eval_split` is a share, and data, template or training.seed are not "
+            f"those of the training ({run_dir.manifest}), so rows that were trained on would be asked; put them back, or "
+            "hold out a split by name"
         )
 
 

@@ -251,7 +251,7 @@ def test_chat_template_and_end_token_reach_the_tokenizer(write_recipe: Callable[
     (workdir / "t.jinja").write_text("{{ messages[0]['content'] }}")
     recipe = load_recipe(write_recipe(training={"chat_template_path": "t.jinja", "eos_token": "<|endoftext|>"}))
     tokenizer = load_tokenizer(recipe, locate(recipe))
-    settle(tokenizer, recipe, "messages", chat=True)
+    settle(tokenizer, recipe, ["messages"])
     assert tokenizer.chat_template == "{{ messages[0]['content'] }}"
     assert tokenizer.eos_token == "<|endoftext|>"
 
@@ -264,6 +264,11 @@ def loaded(path: Path) -> tuple[LoadedData, dict[str, Any]]:
     return data, audit(data, 1, 1)
 
 
+def trained(data: LoadedData) -> str:
+    """What the first row trains."""
+    return data.sources[0].masker.tokenizer.decode([label for label in data.train()[0]["labels"] if label >= 0])
+
+
 def kinds(report: dict[str, Any]) -> set[str]:
     return {problem["kind"] for problem in report["problems"]}
 
@@ -272,14 +277,15 @@ ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "co
 LONG = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes no " * 99}]}
 CONTROL = {"messages": [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "yes"}]}
 # Key of `dataset` → (rows of the training file, None for the demo data; other keys; what tells its effect).
+TEXT_AND_CHAT = {**ROW, "text": "Human: a\nAssistant: b"}
 DATASET_CASES: dict[str, tuple[list[Any] | None, dict[str, Any], Callable[[LoadedData, dict[str, Any]], bool]]] = {
     "split": (None, {"split": "train[:5]"}, lambda data, report: report["train_rows"] == 5),
     "eval_split": (None, {"eval_split": 0.25}, lambda data, report: report["heldout_rows"] == 6),
     "weight": (None, {"weight": 2}, lambda data, report: len(data.train()) == 48),
     "format": (
-        [{**ROW, "text": "Human: a\nAssistant: b"}],
+        [TEXT_AND_CHAT],
         {"format": "text"},
-        lambda data, r: data.train()[0]["labels"][-3] != 0,
+        lambda data, report: report["sources"][0]["format"] == "text" and trained(data) == "b<|im_end|>",
     ),
     "columns": (
         [{"q": "hi", "a": "yes"}],

@@ -26,7 +26,10 @@ def audit(recipe: Recipe) -> dict[str, Any]:
     run_dir = RunDir.of(recipe.name)
     run_dir.require_writable()
     data, report = audited(recipe)
-    write_evidence(run_dir, data, report)
+    if run_dir.adapter.is_dir():
+        console.say(f"{run_dir.root} is trained: its audit.json is left as it was.")
+    else:
+        write_evidence(run_dir, data, report)
     console.audit(recipe.name, report)
     return report
 

@@ -1,16 +1,16 @@
 """What all rows of a recipe amount to before anything is trained: counts, lengths, losses, and what is wrong."""
 
-import heapq
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import numpy
 
-from lora_recipes.data.load import LoadedData, Part, SourceRows
-from lora_recipes.data.prepare import DOUBLE_BOS, ODD_CHARACTERS, THINKING_LEFT_OUT, rejected_rows
+from lora_recipes.data.files import Source
+from lora_recipes.data.load import LoadedData, SourceRows, UsedRows
+from lora_recipes.data.prepare import DOUBLE_BOS, ODD_FLAGS, THINKING_LEFT_OUT, rejected_rows
 from lora_recipes.data.problems import KINDS, SHOWN, said
-from lora_recipes.data.select import duplicates, repeated, shuffled
+from lora_recipes.data.select import duplicates, shuffled
 from lora_recipes.errors import DataError
 from lora_recipes.run_dir import RunDir, write_json, write_jsonl
 
@@ -18,6 +18,13 @@ Report = dict[str, Any]
 Finding = dict[str, Any]
 
 WORST = 5  # rows named for each reason
+# Keys of a source's report that are added up, as numbers and as counts by kind.
+SUMMED = (
+    *("rows", "train_rows", "heldout_rows", "bad_rows", "heldout_bad_rows", "tokens", "trained_tokens", "epoch_rows"),
+    *("epoch_tokens", "rows_truncated", "answers_truncated", "tokens_truncated", "rows_without_loss"),
+    *("rows_without_end", "unknown_roles", "double_bos", "thinking_left_out", "duplicates", "overlap"),
+)
+COUNTED = ("bad_row_kinds", "odd_characters")
 BINS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # tokens, upper ends
 PACKED_AT_A_TIME = 1000  # rows that TRL packs together
 BATCHES = 2000  # batches that the padding is estimated from
@@ -35,45 +42,25 @@ def audit(data: LoadedData, batch_size: int, global_batch: int) -> Report:
     Returns:
         The keys of `audit --json`. `problems` is what a run is refused for, `warnings` is not.
     """
-    parts = [rows.train for rows in data.sources]
-    lengths = _joined(parts, "length", data.limit)
-    hashes = numpy.concatenate([part.stat("hash") for part in parts])
-    repeats = duplicates(hashes)
-    per_source = [_of_source(rows, data) for rows in data.sources]
-    overlaps = [_overlap(rows, hashes) for rows in data.sources]
-    tokens, trained = (sum(source[key] for source in per_source) for key in ("tokens", "trained_tokens"))
-    kinds: Counter[str] = sum((Counter(source["bad_rows"]) for source in per_source), Counter())
-    report: Report = {
-        "rows": sum(source["rows"] for source in per_source),
-        "train_rows": len(hashes),
-        "heldout_rows": sum(source["heldout_rows"] for source in per_source),
-        "tokens": tokens,
-        "trained_tokens": trained,
-        "trained_percent": round(100 * trained / tokens, 2) if tokens else 0.0,
-        "epoch_rows": sum(source["epoch_rows"] for source in per_source),
-        "epoch_tokens": sum(source["epoch_tokens"] for source in per_source),
+    seen = [_Seen(rows, data) for rows in data.sources]
+    hashes = numpy.concatenate([one.rows.train.stat("hash") for one in seen])
+    repeats = numpy.split(duplicates(hashes), numpy.cumsum([len(one.rows.train.indices) for one in seen])[:-1])
+    for one, repeated_rows in zip(seen, repeats, strict=True):
+        one.compare(hashes, repeated_rows)
+    per_source = [one.report() for one in seen]
+    uncut = numpy.concatenate([one.uncut for one in seen])
+    cut = numpy.concatenate([one.lengths for one in seen])
+    report: Report = {key: sum(source[key] for source in per_source) for key in SUMMED}
+    report |= {key: dict(sum((Counter(source[key]) for source in per_source), Counter())) for key in COUNTED}
+    report |= {
+        "trained_percent": round(100 * report["trained_tokens"] / report["tokens"], 2) if report["tokens"] else 0.0,
         "max_length": data.limit,
-        "lengths": _lengths(lengths),
-        "rows_truncated": sum(source["rows_truncated"] for source in per_source),
-        "answers_truncated": sum(source["answers_truncated"] for source in per_source),
-        "tokens_truncated": sum(source["tokens_truncated"] for source in per_source),
-        "rows_without_loss": kinds["nothing_to_learn"] + sum(source["rows_cut_empty"] for source in per_source),
-        "rows_without_end": kinds["end_token"],
-        "bad_rows": sum(kinds.values()),
-        "bad_row_kinds": dict(kinds),
-        "unknown_roles": kinds["unknown_role"],
-        "double_bos": _flagged(parts, DOUBLE_BOS),
-        "thinking_left_out": _flagged(parts, THINKING_LEFT_OUT),
-        "odd_characters": dict(sum((rows.train.prepared.odd for rows in data.sources), Counter())),
-        "duplicates": int(repeats.sum()),
-        "overlap": int(sum(overlap.sum() for overlap in overlaps)),
-        "padding": _padding(lengths, batch_size, data.limit, data.seed) if len(lengths) else {},
+        "lengths": _lengths(uncut),
+        "padding": _padding(cut, batch_size, data.limit, data.seed) if len(cut) else {},
         "sources": per_source,
-        "worst": _worst(data, repeats, overlaps),
-        "problems": [],
-        "warnings": [],
+        "worst": [found for one in seen for found in _worst(one, data.limit)],
     }
-    report["problems"] = list(_problems(data, report, repeats, overlaps))
+    report["problems"] = [problem for one in seen for problem in _problems(one, data.limit)]
     report["warnings"] = list(_warnings(data, report, global_batch))
     return report
 
@@ -87,64 +74,83 @@ def require_sound(report: Report) -> None:
 def write_evidence(run_dir: RunDir, data: LoadedData, report: Report) -> None:
     """audit.json, and the rows that are left out, each with its reason, in rejected.jsonl (for its owner's eyes only)."""
     write_json(run_dir.audit, report)
-    rejected = [
-        {"source": rows.source.name, "split": prepared.split, **row}
-        for rows in data.sources
-        for prepared in rows.splits()
-        for row in rejected_rows(prepared)
-    ]
-    rejected += [
-        {"source": rows.source.name, "split": part.prepared.split, "kind": "too_long", "reason": _left_out(part, index)}
-        for rows in data.sources
-        for part in (rows.train, rows.heldout)
-        if part is not None
-        for index in sorted(set(part.too_long.tolist()) - set(part.indices.tolist()))
-    ]
-    if rejected:
-        write_jsonl(run_dir.rejected, rejected)
-        run_dir.rejected.chmod(0o600)
+    if any(prepared.counts for rows in data.sources for prepared in rows.splits()) or report["rows_truncated"]:
+        write_jsonl(run_dir.rejected, _left_out_rows(data), mode=0o600)
     else:
         run_dir.rejected.unlink(missing_ok=True)
 
 
-def _left_out(part: Part, index: int) -> str:
+def _left_out_rows(data: LoadedData) -> Iterator[Report]:
+    for rows in data.sources:
+        for prepared in rows.splits():
+            for row in rejected_rows(prepared):
+                yield {"source": rows.source.name, "split": prepared.split, **row}
+        for part in [rows.train, *([rows.heldout] if rows.heldout is not None else [])]:
+            for index in part.too_long[~numpy.isin(part.too_long, part.indices)]:
+                place = {"source": rows.source.name, "split": part.prepared.split}
+                yield {**place, "kind": "too_long", "reason": _left_out(part, index)}
+
+
+def _left_out(part: UsedRows, index: int) -> str:
     stats = part.prepared.stats
     return f"{part.prepared.place(index)}: {stats['length'][index]:,} tokens, the first with loss is number {stats['first'][index] + 1:,}"
 
 
-def _joined(parts: list[Part], name: str, limit: int | None) -> Any:
-    values = numpy.concatenate([part.stat(name) for part in parts])
-    return values if limit is None else numpy.minimum(values, limit)
+class _Seen:
+    """What is known of one source once all sources were read."""
+
+    def __init__(self, rows: SourceRows, data: LoadedData) -> None:
+        self.rows, self.data = rows, data
+        self.lengths, self.trained = _kept(rows.train, data.limit)
+        everything = numpy.union1d(rows.train.indices, rows.train.too_long)
+        self.uncut = rows.train.prepared.stats["length"][everything]
+        self.repeats = self.overlap = numpy.zeros(0, bool)
+
+    def compare(self, hashes: Any, repeats: Any) -> None:
+        """Held against the training rows of all sources: repeated rows, and held-out rows that are trained on."""
+        self.repeats = repeats
+        if self.rows.heldout is not None:
+            self.overlap = numpy.isin(self.rows.heldout.stat("hash"), hashes)
+
+    def report(self) -> Report:
+        """The source's own entry, with the keys that are added up over the sources."""
+        rows, limit = self.rows, self.data.limit or 0
+        part, prepared = rows.train, rows.train.prepared
+        stats, long, again = prepared.stats, part.too_long, self.data.again(rows)
+        heldout = [split.counts for split in rows.splits()[1:]]
+        return {
+            "name": rows.source.name,
+            "format": prepared.settings.form,
+            "template": rows.template if prepared.settings.chat else "none",
+            "masked_by": rows.masker.origin if prepared.settings.answers_only else "every token has loss",
+            "weight": float(rows.source.get("weight", 1.0)),
+            "rows": prepared.rows,
+            "train_rows": len(self.lengths),
+            "heldout_rows": len(rows.heldout.indices) if rows.heldout is not None else 0,
+            "bad_rows": sum(prepared.counts.values()),
+            "bad_row_kinds": dict(prepared.counts),
+            "heldout_bad_rows": sum(sum(counts.values()) for counts in heldout),
+            "tokens": int(self.lengths.sum()),
+            "trained_tokens": int(self.trained.sum()),
+            "epoch_rows": len(again),
+            "epoch_tokens": int(self.lengths[again].sum()),
+            "lengths": _lengths(self.uncut),
+            "rows_truncated": len(long),
+            "answers_truncated": int((stats["last"][long] > limit).sum()),
+            "tokens_truncated": int((stats["length"][long] - limit).sum()),
+            "rows_cut_empty": len(part.cut_empty),
+            "rows_without_loss": prepared.counts["nothing_to_learn"] + len(part.cut_empty),
+            "rows_without_end": prepared.counts["end_token"],
+            "unknown_roles": prepared.counts["unknown_role"],
+            "double_bos": _flagged(part, DOUBLE_BOS),
+            "thinking_left_out": _flagged(part, THINKING_LEFT_OUT),
+            "odd_characters": {kind: count for kind, flag in ODD_FLAGS.items() if (count := _flagged(part, flag))},
+            "duplicates": int(self.repeats.sum()),
+            "overlap": int(self.overlap.sum()),
+        }
 
 
-def _of_source(rows: SourceRows, data: LoadedData) -> Report:
-    part, prepared = rows.train, rows.train.prepared
-    lengths, trained = _kept(part, data.limit)
-    again = repeated(part.stat("hash"), float(rows.source.get("weight", 1.0)), data.seed) if len(lengths) else []
-    stats, long = prepared.stats, part.too_long
-    counts: Counter[str] = sum((split.counts for split in rows.splits()), Counter())
-    return {
-        "name": rows.source.name,
-        "format": prepared.settings.form,
-        "template": rows.template,
-        "masked_by": "every token has loss" if not prepared.settings.answers_only else rows.masker.origin,
-        "rows": prepared.rows,
-        "bad_rows": dict(counts),
-        "train_rows": len(lengths),
-        "heldout_rows": len(rows.heldout.indices) if rows.heldout is not None else 0,
-        "tokens": int(lengths.sum()),
-        "trained_tokens": int(trained.sum()),
-        "weight": float(rows.source.get("weight", 1.0)),
-        "epoch_rows": len(again),
-        "epoch_tokens": int(lengths[again].sum()) if len(again) else 0,
-        "rows_truncated": len(long),
-        "answers_truncated": int((stats["last"][long] > (data.limit or 0)).sum()),
-        "tokens_truncated": int((stats["length"][long] - (data.limit or 0)).sum()) if len(long) else 0,
-        "rows_cut_empty": len(part.cut_empty),
-    }
-
-
-def _kept(part: Part, limit: int | None) -> tuple[Any, Any]:
+def _kept(part: UsedRows, limit: int | None) -> tuple[Any, Any]:
     """(length, trained tokens) of each used row as it is trained, cut rows counted as they are cut."""
     lengths, trained = part.stat("length").astype(numpy.int64), part.stat("trained").astype(numpy.int64)
     if limit is None:
@@ -161,14 +167,8 @@ def _kept(part: Part, limit: int | None) -> tuple[Any, Any]:
     return numpy.minimum(lengths, limit), trained
 
 
-def _flagged(parts: list[Part], flag: int) -> int:
-    return int(sum(((part.stat("flags") & flag) != 0).sum() for part in parts))
-
-
-def _overlap(rows: SourceRows, hashes: Any) -> Any:
-    if rows.heldout is None:
-        return numpy.zeros(0, bool)
-    return numpy.isin(rows.heldout.stat("hash"), hashes)
+def _flagged(part: UsedRows, flag: int) -> int:
+    return int(((part.stat("flags") & flag) != 0).sum())
 
 
 def _lengths(lengths: Any) -> Report:
@@ -231,82 +231,89 @@ def _packed_rows(lengths: Any, size: int) -> int:
     return len(room)
 
 
-def _worst(data: LoadedData, repeats: Any, overlaps: list[Any]) -> list[Report]:
+def _worst(one: _Seen, limit: int | None) -> list[Report]:
     """Rows that a person should look at, each with the reason."""
-    found: list[Report] = []
-
-    def add(rows: SourceRows, part: Part, indices: Any, why: str) -> None:
-        for index in list(indices)[:WORST]:
-            stats = part.prepared.stats
-            found.append(
-                {
-                    "row": int(stats["row"][index]) + 1,
-                    "place": part.prepared.place(int(index)),
-                    "source": rows.source.name,
-                    "split": part.prepared.split,
-                    "why": why,
-                    "tokens": int(stats["length"][index]),
-                    "trained_tokens": int(stats["trained"][index]),
-                }
-            )
-
-    start = 0
-    for rows, overlap in zip(data.sources, overlaps, strict=True):
-        part, stats = rows.train, rows.train.prepared.stats
-        repeated_here = part.indices[repeats[start : start + len(part.indices)]]
-        start += len(part.indices)
-        flags = stats["flags"]
-        add(rows, part, part.cut_empty, f"nothing to learn within {data.limit} tokens")
-        longest = sorted(set(part.too_long.tolist()) - set(part.cut_empty.tolist()), key=lambda i: -stats["length"][i])
-        add(rows, part, longest, f"longer than {data.limit} tokens")
-        if rows.heldout is not None:
-            add(rows, rows.heldout, rows.heldout.indices[overlap], "held out, and trained on as well")
-        add(rows, part, repeated_here, "repeats an earlier row")
-        add(rows, part, part.indices[(flags[part.indices] & DOUBLE_BOS) != 0], "begins with two BOS tokens")
-        add(rows, part, part.indices[(flags[part.indices] & ODD_CHARACTERS) != 0], "holds odd characters")
-        add(rows, part, part.indices[(flags[part.indices] & THINKING_LEFT_OUT) != 0], "its thinking is left out")
-        fewest = heapq.nsmallest(WORST, part.indices.tolist(), key=lambda i: (stats["trained"][i], i))
-        add(rows, part, fewest, "among the fewest trained tokens")
-        most = heapq.nlargest(WORST, part.indices.tolist(), key=lambda i: (stats["length"][i], -i))
-        add(rows, part, most, "among the longest")
-    return found
+    rows, part, stats = one.rows, one.rows.train, one.rows.train.prepared.stats
+    flags = stats["flags"][part.indices]
+    odd = sum(ODD_FLAGS.values())
+    found = [
+        (part, part.cut_empty, f"left out: nothing to learn within {limit} tokens"),
+        (part, _first(part.too_long[~numpy.isin(part.too_long, part.cut_empty)], -stats["length"]), _long(part, limit)),
+        (part, part.indices[one.repeats], "repeats an earlier row"),
+        (part, part.indices[(flags & DOUBLE_BOS) != 0], "begins with two BOS tokens"),
+        (part, part.indices[(flags & odd) != 0], "holds odd characters"),
+        (part, part.indices[(flags & THINKING_LEFT_OUT) != 0], "its thinking is left out"),
+        (part, _first(part.indices, stats["trained"]), "among the fewest trained tokens"),
+        (part, _first(part.indices, -stats["length"]), "among the longest"),
+    ]
+    if rows.heldout is not None:
+        found.insert(2, (rows.heldout, rows.heldout.indices[one.overlap], "held out, and trained on as well"))
+    return [
+        {
+            "row": int(used.prepared.stats["row"][index]) + 1,
+            "place": used.prepared.place(int(index)),
+            "source": rows.source.key,
+            "split": used.prepared.split,
+            "why": why,
+            "tokens": int(used.prepared.stats["length"][index]),
+            "trained_tokens": int(used.prepared.stats["trained"][index]),
+        }
+        for used, indices, why in found
+        for index in indices[:WORST]
+    ]
 
 
-def _problems(data: LoadedData, report: Report, repeats: Any, overlaps: list[Any]) -> Iterator[Finding]:
-    start = 0
-    for rows, overlap in zip(data.sources, overlaps, strict=True):
-        source, part = rows.source, rows.train
-        yield from _bad_rows(rows)
-        yield from _too_long(rows, data.limit)
-        here = repeats[start : start + len(part.indices)]
-        start += len(part.indices)
-        yield from _over(source, "max_duplicate_fraction", int(here.sum()), len(here), "repeat an earlier row")
-        if overlap.any() and source.get("overlap", "error") == "error":
-            places = [rows.heldout.prepared.place(int(index)) for index in rows.heldout.indices[overlap][:WORST]]  # type: ignore[union-attr]
-            yield _finding(
-                "overlap",
-                f"{source.where('eval_split')}: {int(overlap.sum()):,} of {len(overlap):,} held-out rows are also trained "
-                f"on, so their score would mean nothing ({', '.join(places)}{', …' if overlap.sum() > WORST else ''}); "
-                "remove them, or say that it is meant: dataset.overlap: allow",
-            )
-    if not report["train_rows"]:
-        yield _finding("no_rows", f"{data.recipe.path}: no row is left to train on")
-    for rows in data.sources:
-        if rows.source.eval_split is not None and (rows.heldout is None or not len(rows.heldout.indices)):
-            yield _finding("no_rows", f"{rows.source.where('eval_split')}: no row is left in the held-out split")
+def _long(part: UsedRows, limit: int | None) -> str:
+    what = "cut" if numpy.isin(part.too_long, part.indices).any() else "left out"
+    return f"{what}: longer than {limit} tokens"
+
+
+def _first(indices: Any, by: Any) -> Any:
+    """The indices with the lowest values, in file order where those are equal."""
+    return indices[numpy.argsort(by[indices], kind="stable")[:WORST]]
+
+
+def _problems(one: _Seen, limit: int | None) -> Iterator[Finding]:
+    rows, source, part = one.rows, one.rows.source, one.rows.train
+    yield from _bad_rows(rows)
+    yield from _too_long(rows, limit)
+    yield from _over(
+        source, "max_duplicate_fraction", int(one.repeats.sum()), len(one.repeats), "repeat an earlier row"
+    )
+    if one.overlap.any() and source.get("overlap", "error") == "error" and rows.heldout is not None:
+        count, held = int(one.overlap.sum()), rows.heldout
+        places = [held.prepared.place(int(index)) for index in held.indices[one.overlap][:WORST]]
+        yield _finding(
+            "overlap",
+            f"{source.where('eval_split')}: {count:,} of {len(one.overlap):,} held-out rows are also trained on, so their "
+            f"score would mean nothing ({', '.join(places)}{', …' if count > WORST else ''}); remove them, or say that it "
+            "is meant: dataset.overlap: allow",
+        )
+    if not len(part.indices):
+        yield _finding("no_rows", f"{source.where('data_files')}: no row is left to train on in {source.name}")
+    if source.eval_split is not None and (rows.heldout is None or not len(rows.heldout.indices)):
+        yield _finding("no_rows", f"{source.where('eval_split')}: no row is left in the held-out split")
 
 
 def _bad_rows(rows: SourceRows) -> Iterator[Finding]:
     source = rows.source
     for prepared in rows.splits():
         total = sum(prepared.counts.values())
-        if not total:
+        if not total and not len(rows.train.cut_empty):
             continue
         if source.get("bad_rows", "error") == "error":
+            if not total:
+                continue
             shown = [problem.as_json() for problem in prepared.problems[:SHOWN]]
             yield _finding("bad_rows", said(prepared.problems, prepared.counts, prepared.rows), rows=shown)
         else:
-            yield from _over(source, "max_bad_fraction", total, prepared.rows, "cannot be trained on")
+            # Rows that are cut down to nothing to learn are left out by `skip` as well.
+            cut = len(rows.train.cut_empty) if prepared is rows.train.prepared and _cuts(source) else 0
+            yield from _over(source, "max_bad_fraction", total + cut, prepared.rows, "cannot be trained on")
+
+
+def _cuts(source: Source) -> bool:
+    return source.get("truncation") == "keep_start"
 
 
 def _too_long(rows: SourceRows, limit: int | None) -> Iterator[Finding]:
@@ -326,7 +333,7 @@ def _too_long(rows: SourceRows, limit: int | None) -> Iterator[Finding]:
             )
             continue
         yield from _over(source, "max_truncated_fraction", count, total, f"are longer than {limit} tokens")
-        if policy == "keep_start" and len(part.cut_empty) and source.get("bad_rows", "error") == "error":
+        if _cuts(source) and len(part.cut_empty) and source.get("bad_rows", "error") == "error":
             first = part.prepared.place(int(part.cut_empty[0]))
             yield _finding(
                 "nothing_to_learn",
@@ -336,7 +343,7 @@ def _too_long(rows: SourceRows, limit: int | None) -> Iterator[Finding]:
             )
 
 
-def _over(source: Any, key: str, count: int, total: int, what: str) -> Iterator[Finding]:
+def _over(source: Source, key: str, count: int, total: int, what: str) -> Iterator[Finding]:
     most = source.keys.get(key)
     if most is not None and total and count / total > most:
         yield _finding(
@@ -353,6 +360,8 @@ def _warnings(data: LoadedData, report: Report, global_batch: int) -> Iterator[F
             f"{report['train_rows']:,} rows are fewer than the {global_batch:,} of one step; lower "
             "training.gradient_accumulation_steps or training.per_device_train_batch_size",
         )
+    if report["heldout_bad_rows"] and not any(problem["kind"] == "bad_rows" for problem in report["problems"]):
+        yield _finding("bad_rows", f"{report['heldout_bad_rows']:,} held-out rows are left out, see rejected.jsonl")
     if 0 < report["heldout_rows"] < 10:
         yield _finding("few_rows", f"a score over {report['heldout_rows']} held-out rows says little")
     if report["duplicates"]:
@@ -376,7 +385,7 @@ def _warnings(data: LoadedData, report: Report, global_batch: int) -> Iterator[F
         yield _finding(
             "too_long",
             f"{report['rows_truncated']:,} rows are longer than {data.limit} tokens and are cut or left out; "
-            f"{report['answers_truncated']:,} of them in the middle of an answer",
+            f"{report['answers_truncated']:,} of them lose words of an answer",
         )
 
 

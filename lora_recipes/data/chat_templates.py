@@ -13,32 +13,34 @@ from lora_recipes.recipe import Recipe
 WITHOUT_TEMPLATE = {"text": "human_assistant", "prompt_completion": "plain"}
 
 
-def settle(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, form: str, *, chat: bool) -> str:
-    """Give the tokenizer the template that the rows will be rendered with, and say where it came from.
+def settle(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, forms: list[str]) -> str:
+    """Give the tokenizer the one template that all rows will be rendered with, and say where it came from.
 
     The tokenizer is saved with it, so that the model is served with the template it was trained with.
 
     Args:
-        form: format of the rows.
-        chat: whether the rows are conversations.
+        forms: formats of the sources whose rows are conversations.
 
     Raises:
-        RecipeError: no such template, or none where one is needed.
+        RecipeError: no such template, or none where one is needed, or sources that need different ones.
     """
     wanted = recipe.get("training.chat_template_path")
     if wanted:
         tokenizer.chat_template, origin = _named(wanted, recipe, tokenizer)
         return origin
-    if tokenizer.chat_template or not chat:
+    if tokenizer.chat_template or not forms:
         return "the model's own" if tokenizer.chat_template else "none"
-    if form not in WITHOUT_TEMPLATE:
+    defaults = {WITHOUT_TEMPLATE.get(form) for form in forms}
+    if None in defaults or len(defaults) > 1:
         raise RecipeError(
-            f"{recipe.where('model.pretrained_model_name_or_path')}: this tokenizer has no chat template, so rows in the "
-            f"format `{form}` cannot be rendered; set training.chat_template_path to a .jinja file or to a name: "
+            f"{recipe.where('model.pretrained_model_name_or_path')}: this tokenizer has no chat template, so it must be said "
+            f"how rows in the format {' and '.join(f'`{form}`' for form in dict.fromkeys(forms))} are rendered; set "
+            "training.chat_template_path to a .jinja file or to a name: "
             f"{', '.join(shipped())}, or one of TRL's such as llama3"
         )
-    tokenizer.chat_template = _with_bos(_shipped(WITHOUT_TEMPLATE[form]), tokenizer)
-    return f"`{WITHOUT_TEMPLATE[form]}`, for the tokenizer has none"
+    default = str(defaults.pop())
+    tokenizer.chat_template = _with_bos(_shipped(default), tokenizer)
+    return f"`{default}`, for the tokenizer has none"
 
 
 def shipped() -> list[str]:
@@ -49,7 +51,11 @@ def shipped() -> list[str]:
 
 def _named(wanted: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     if Path(wanted).is_file():
-        return Path(wanted).read_text(encoding="utf-8"), f"the file {wanted}"
+        try:
+            return Path(wanted).read_text(encoding="utf-8"), f"the file {wanted}"
+        except UnicodeDecodeError:
+            where = recipe.where("training.chat_template_path")
+            raise RecipeError(f"{where}: {wanted} is not UTF-8; save it as UTF-8") from None
     if wanted in shipped():
         return _with_bos(_shipped(wanted), tokenizer), f"`{wanted}`"
     theirs = _of_trl()

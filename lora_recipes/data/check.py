@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import replace
 
 from lora_recipes.data.content import content_of, settings_key
-from lora_recipes.data.files import Source, sources
+from lora_recipes.data.files import Source
 from lora_recipes.data.formats import BadRow, RowSettings, convert
-from lora_recipes.data.forms import settings_of
+from lora_recipes.data.forms import settings_of_all
 from lora_recipes.data.problems import SHOWN, Problem, problem_of, said
 from lora_recipes.data.readers import Chunk, rows_of
 from lora_recipes.data.scan import scan
@@ -39,8 +39,7 @@ class Checking:
 
 def check_data(recipe: Recipe) -> None:
     """Raises DataError about every row that cannot be trained on, of each source that does not skip such rows."""
-    for source in sources(recipe):
-        settings, _ = settings_of(source)
+    for source, settings in settings_of_all(recipe):
         splits = [source.split, *([source.eval_split] if isinstance(source.eval_split, str) else [])]
         for split in splits:
             if not source.is_hub() and source.get("bad_rows", "error") == "error":

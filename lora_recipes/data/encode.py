@@ -27,7 +27,7 @@ class Encoder:
 
     Byte-level tokenizers (GPT-2's kind, which most models have) cut a text into pieces whose bytes are those of the text, so
     the widths of the tokens say where each begins, and the slower encoding with offsets is not needed. Where the widths do
-    not add up to the text (a normalizer changed it), that row is encoded once more with offsets.
+    not add up to the text, or a normalizer changes it, that row is encoded once more with offsets.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -35,6 +35,8 @@ class Encoder:
         self.backend.no_truncation()
         self.backend.no_padding()
         self.widths = _widths(tokenizer)
+        # Unicode's normal forms leave ASCII as it is, so that most texts need not be normalized to be compared.
+        self.ascii_is_kept = type(self.backend.normalizer).__name__ in ("NFC", "NFD", "NFKC", "NFKD", "NoneType")
 
     def encode(self, texts: list[str]) -> list[Tokens]:
         """The tokens of each text; control tokens in it are control tokens."""
@@ -70,9 +72,17 @@ class Encoder:
     def _measured(self, text: str, ids: list[int]) -> Tokens:
         starts = numpy.zeros(len(ids) + 1, numpy.int64)
         numpy.cumsum(self.widths[ids], out=starts[1:])
-        if starts[-1] == (len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))):
+        if self._is_kept(text) and starts[-1] == (
+            len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+        ):
             return Widths(ids, starts, text)
         return Offsets(self.backend.encode(text, add_special_tokens=False))
+
+    def _is_kept(self, text: str) -> bool:
+        """Whether the normalizer leaves a text as it is."""
+        if self.backend.normalizer is None or (self.ascii_is_kept and text.isascii()):
+            return True
+        return self.backend.normalizer.normalize_str(text) == text
 
 
 class Widths:

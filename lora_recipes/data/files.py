@@ -7,8 +7,9 @@ from typing import Any
 
 from lora_recipes.errors import DataError
 from lora_recipes.recipe import Recipe
+from lora_recipes.recipe.vocabulary import LOCAL_BUILDERS
 
-FILE_BUILDERS = ("json", "csv", "parquet", "arrow", "text")
+HUB_KEYS = ("name", "revision", "cache_dir")
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # as fsspec calls them
 KINDS = {
     ".jsonl": "json",
@@ -27,7 +28,7 @@ class DataFile:
     """A local file and the reader that suits it."""
 
     path: Path
-    kind: str  # one of FILE_BUILDERS
+    kind: str  # one of LOCAL_BUILDERS
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Source:
 
     def is_hub(self) -> bool:
         """Whether the rows are read from the hub or its cache."""
-        return self.keys["path"] not in FILE_BUILDERS and not Path(self.keys["path"]).is_dir()
+        return self.keys["path"] not in LOCAL_BUILDERS and not Path(self.keys["path"]).is_dir()
 
 
 def sources(recipe: Recipe) -> list[Source]:
@@ -93,8 +94,13 @@ def local_files(source: Source, split: str) -> list[DataFile]:
     base = split.split("[")[0]
     if source.is_hub():
         return []
-    if source.keys["path"] not in FILE_BUILDERS:
-        return list(_folder_files(source, Path(source.keys["path"]), base))
+    folder = Path(source.keys.get("data_dir") or "")
+    if source.keys["path"] not in LOCAL_BUILDERS:
+        folder = Path(source.keys["path"]) / folder
+        if unread := [key for key in HUB_KEYS if source.keys.get(key) is not None]:
+            raise DataError(f"{source.where(unread[0])}: `{unread[0]}` has no effect: {folder} is a folder here")
+        if source.keys.get("data_files") is None:
+            return list(_folder_files(source, folder, base))
     named = source.keys.get("data_files")
     if isinstance(named, dict):
         if base not in named:
@@ -106,9 +112,17 @@ def local_files(source: Source, split: str) -> list[DataFile]:
             f"data_files: {{train: ..., {base}: ...}}"
         )
     patterns = [named] if isinstance(named, str) else list(named or [])
-    folder = Path(source.keys.get("data_dir") or "")
     paths = [path for pattern in patterns for path in _matching(source, folder, pattern)]
-    return [DataFile(path, source.keys["path"]) for path in dict.fromkeys(paths)]
+    return [DataFile(path, _kind(source, path)) for path in dict.fromkeys(paths)]
+
+
+def _kind(source: Source, path: Path) -> str:
+    """The reader that the recipe names, or in a folder the one that the file's ending names."""
+    if source.keys["path"] in LOCAL_BUILDERS:
+        return source.keys["path"]
+    if _suffix(path) not in KINDS:
+        raise DataError(f"{source.where('data_files')}: {path} is of no known kind; known endings: {', '.join(KINDS)}")
+    return KINDS[_suffix(path)]
 
 
 def _matching(source: Source, folder: Path, pattern: str) -> list[Path]:
@@ -117,10 +131,11 @@ def _matching(source: Source, folder: Path, pattern: str) -> list[Path]:
         return [path]
     where = source.where("data_files")
     if path.is_dir():
-        suffixes = [suffix for suffix, kind in KINDS.items() if kind == source.keys["path"]]
+        wanted = source.keys["path"] if source.keys["path"] in LOCAL_BUILDERS else None
+        suffixes = [suffix for suffix, kind in KINDS.items() if wanted in (None, kind)]
         found = [file for file in sorted(path.rglob("*")) if _suffix(file) in suffixes]
         if not found:
-            raise DataError(f"{where}: no {source.keys['path']} file ({', '.join(suffixes)}) in the folder {path}")
+            raise DataError(f"{where}: no {wanted or 'data'} file ({', '.join(suffixes)}) in the folder {path}")
         return found
     if any(mark in pattern for mark in "*?["):
         base = Path("/") if path.is_absolute() else Path()
@@ -142,7 +157,7 @@ def _folder_files(source: Source, folder: Path, split: str) -> Iterator[DataFile
     from datasets.data_files import FILES_TO_IGNORE, DataFilesDict, EmptyDatasetError, get_data_patterns
 
     where = source.where("path")
-    base = (folder / (source.keys.get("data_dir") or "")).resolve()
+    base = folder.resolve()
     try:
         found = DataFilesDict.from_patterns(get_data_patterns(str(base)), base_path=str(base))
     except (EmptyDatasetError, FileNotFoundError) as error:
@@ -157,5 +172,4 @@ def _folder_files(source: Source, folder: Path, split: str) -> Iterator[DataFile
         known = ", ".join(splits) or f"none (known endings: {', '.join(KINDS)})"
         raise DataError(f"{where}: the folder {folder} has no split `{split}`; splits found: {known}")
     for file in sorted(splits[split]):
-        shown = Path(source.keys["path"]) / file.relative_to(folder.resolve())
-        yield DataFile(shown, KINDS[_suffix(file)])
+        yield DataFile(folder / file.relative_to(base), KINDS[_suffix(file)])

@@ -85,6 +85,11 @@ class RowSettings:
     completion_only: bool = True
     control_tokens: str = "error"
 
+    @property
+    def chat(self) -> bool:
+        """Whether rows become conversations; the others are literal text, or tokens already."""
+        return self.form != "input_ids" and (self.form != "text" or self.answers_only)
+
 
 @dataclass(slots=True)
 class Conversation:
@@ -115,7 +120,10 @@ def recognise(columns: Collection[str], mapped: dict[str, str], text_field: str)
     """
     named = {"text": text_field} | mapped
     present = {field for field in FIELDS if named.get(field, field) in columns}
-    return next((form for form, marks in COLUMNS.items() if present.issuperset(marks)), None)
+    known = [form for form, marks in COLUMNS.items() if present.issuperset(marks)]
+    # What the recipe maps is what it means, whatever else a row carries.
+    meant = [form for form in known if not set(mapped).isdisjoint(COLUMNS[form])]
+    return next(iter(meant or known), None)
 
 
 def oriented(columns: dict[str, str], present: Collection[str]) -> dict[str, str]:
@@ -268,7 +276,7 @@ def _alpaca(values: Row, settings: RowSettings) -> Conversation:
     _require_text(values["instruction"], name["instruction"])
     asked = values["instruction"] if not more else f"{values['instruction']}\n{more}"
     conversation = _asked_and_answered(values, asked, values["output"], [name["instruction"], name["output"]])
-    history = values["history"] or []
+    history = _unpacked(values["history"]) or []
     if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
         raise BadRow("field_type", name["history"], "must be a list of (instruction, output) pairs")
     earlier: list[Message] = []

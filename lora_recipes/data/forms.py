@@ -3,10 +3,11 @@
 from itertools import islice
 from typing import Any
 
-from lora_recipes.data.files import Source
+from lora_recipes.data.files import Source, sources
 from lora_recipes.data.formats import (
     COLUMNS,
     FIELDS,
+    OPTIONAL,
     BadRow,
     RowSettings,
     not_an_object,
@@ -17,12 +18,27 @@ from lora_recipes.data.formats import (
 from lora_recipes.data.problems import SHOWN, Problem, problem_of
 from lora_recipes.data.readers import read_split, rows_of
 from lora_recipes.errors import DataError
+from lora_recipes.recipe import Recipe
 
 CHUNKS = 2  # that are looked at for a row that can be read
 
 
-def settings_of(source: Source) -> tuple[RowSettings, bool]:
-    """(how the source's rows are read, whether they are conversations).
+def settings_of_all(recipe: Recipe) -> list[tuple[Source, RowSettings]]:
+    """Each source of a recipe with how its rows are read.
+
+    Raises:
+        DataError: as `settings_of`, or `dataset_text_field` where no source has text.
+    """
+    found = [(source, settings_of(source)) for source in sources(recipe)]
+    key = "training.dataset_text_field"
+    if recipe.get(key) not in (None, "text") and not any(settings.form == "text" for _, settings in found):
+        forms = ", ".join(dict.fromkeys(f"`{settings.form}`" for _, settings in found))
+        raise DataError(f"{recipe.where(key)}: `dataset_text_field` has no effect: the rows are in the format {forms}")
+    return found
+
+
+def settings_of(source: Source) -> RowSettings:
+    """How the source's rows are read.
 
     Raises:
         DataError: no rows, no known format, columns that are not there, a loss setting that the format cannot follow.
@@ -36,12 +52,19 @@ def settings_of(source: Source) -> tuple[RowSettings, bool]:
         raise DataError(
             f"{source.where('columns')}: `{unknown[0]}` is no field of a format; fields: {', '.join(sorted(FIELDS))}"
         )
-    if missing := [column for column in columns.values() if column not in present]:
+    known = (form for row in rows if (form := recognise(row, columns, text_field)))
+    form = source.get("format") or next(known, None)
+    marks = COLUMNS.get(form or "", ())
+    # A column that only some rows use may come later than the rows that were looked at.
+    if missing := [name for field, name in columns.items() if name not in present and (not form or field in marks)]:
         raise DataError(
             f"{source.where('columns')}: there is no column `{missing[0]}` in {source.name}; found: {found}"
         )
-    known = (form for row in rows if (form := recognise(row, columns, text_field)))
-    form = source.get("format") or next(known, None)
+    if form and (unread := [field for field in columns if field not in (*marks, *OPTIONAL[form])]):
+        raise DataError(
+            f"{source.where('columns')}: `{unread[0]}` has no effect: rows in the format `{form}` have the fields "
+            f"{', '.join(f'`{field}`' for field in (*marks, *OPTIONAL[form]))}"
+        )
     if form is None:
         raise DataError(f"{source.where('data_files')}: {source.name}: {unknown_columns(present)}")
     named = [({"text": text_field} | columns).get(name, name) for name in COLUMNS[form]]
@@ -61,8 +84,7 @@ def settings_of(source: Source) -> tuple[RowSettings, bool]:
     )
     plain = any(isinstance(row.get(columns.get("prompt", "prompt")), str) for row in rows)
     _require_meaningful_loss(source, settings, plain=plain)
-    literal = form == "input_ids" or (form == "text" and not answers_only)
-    return settings, not literal
+    return settings
 
 
 def _first_rows(source: Source) -> list[dict[str, Any]]:

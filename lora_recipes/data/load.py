@@ -9,9 +9,9 @@ import numpy
 from transformers import PreTrainedTokenizerBase
 
 from lora_recipes.data import chat_templates
-from lora_recipes.data.files import Source, sources
+from lora_recipes.data.files import Source
 from lora_recipes.data.formats import Conversation, convert
-from lora_recipes.data.forms import settings_of
+from lora_recipes.data.forms import settings_of_all
 from lora_recipes.data.masks import Masker
 from lora_recipes.data.prepare import Prepared, Tokenizing, prepare
 from lora_recipes.data.readers import read_split, rows_of
@@ -28,7 +28,7 @@ TOKENS = datasets.Features(
 
 
 @dataclass
-class Part:
+class UsedRows:
     """The rows of one split of one source that are used, as indices into its good rows.
 
     Attributes:
@@ -53,8 +53,8 @@ class SourceRows:
     source: Source
     masker: Masker
     template: str
-    train: Part
-    heldout: Part | None
+    train: UsedRows
+    heldout: UsedRows | None
 
     def splits(self) -> list[Prepared]:
         """The splits of the source that were read: one, where the held-out rows are a share of it."""
@@ -73,17 +73,17 @@ class LoadedData:
 
     def train(self) -> datasets.Dataset | datasets.IterableDataset:
         """Rows with `input_ids` and `labels`, weighted and mixed; cut where the recipe cuts."""
-        mixed = []
-        for rows in self.sources:
-            weight = float(rows.source.get("weight", 1.0))
-            again = repeated(rows.train.stat("hash"), weight, self.seed)
-            mixed.append((rows, rows.train.indices[again]))
+        mixed = [(rows, rows.train.indices[self.again(rows)]) for rows in self.sources]
         if self.streams:
-            return self._stream(mixed)
-        parts = [self._cut(rows.train, indices) for rows, indices in mixed]
-        whole = datasets.concatenate_datasets([part for part in parts if len(part)])
+            return self._stream([(rows, indices) for rows, indices in mixed if len(indices)])
+        parts = [self._cut(rows.train, indices) for rows, indices in mixed if len(indices)]
+        whole = datasets.concatenate_datasets(parts)
         # One source keeps its order: the trainer shuffles. Several are mixed here, so that packing mixes them as well.
         return whole if len(parts) == 1 else whole.select(shuffled(len(whole), self.seed))
+
+    def again(self, rows: SourceRows) -> Any:
+        """Places among a source's training rows, each as often as its weight says."""
+        return repeated(rows.train.stat("hash"), float(rows.source.get("weight", 1.0)), self.seed)
 
     def heldout(self) -> datasets.Dataset | datasets.IterableDataset | None:
         """The held-out rows of all sources; None without any."""
@@ -94,12 +94,18 @@ class LoadedData:
             return datasets.concatenate_datasets([self._rows(rows, part, part.indices) for rows, part in held])
         return datasets.concatenate_datasets([self._cut(part, part.indices) for _, part in held])
 
+    def keys(self) -> dict[str, str]:
+        """Split → hash of its content, template, tokenizer and settings; "" for a stream that is not pinned."""
+        return {
+            f"{rows.source.key} {prepared.split}": prepared.key for rows in self.sources for prepared in rows.splits()
+        }
+
     @property
     def streams(self) -> bool:
         """Whether rows are tokenized as they are needed."""
         return any(rows.source.get("streaming") for rows in self.sources)
 
-    def _cut(self, part: Part, indices: Any) -> datasets.Dataset:
+    def _cut(self, part: UsedRows, indices: Any) -> datasets.Dataset:
         assert part.prepared.tokens is not None, "a source that streams keeps no tokens"
         chosen = part.prepared.tokens.select(indices)
         if self.limit is None or not numpy.isin(part.too_long, indices).any():
@@ -120,11 +126,10 @@ class LoadedData:
             ]
         return streams[0].shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
 
-    def _rows(self, rows: SourceRows, part: Part, indices: Any) -> datasets.IterableDataset:
+    def _rows(self, rows: SourceRows, part: UsedRows, indices: Any) -> datasets.IterableDataset:
         prepared = part.prepared
-        times = numpy.zeros(
-            int(prepared.stats["row"].max(initial=-1)) + 1, numpy.uint8
-        )  # by row of the split; how often it is seen
+        # How often each row of the split is seen, by its number.
+        times = numpy.zeros(int(prepared.stats["row"].max(initial=-1)) + 1, numpy.uint32)
         numpy.add.at(times, prepared.stats["row"][indices], 1)
         again = _Again(rows.masker, replace(prepared, stats={}), times, self.limit)
         return datasets.IterableDataset.from_generator(_streamed, features=TOKENS, gen_kwargs={"again": again})
@@ -169,9 +174,9 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, end_ids: set[i
     seed = recipe.get("training.seed", SEED)
     loaded = LoadedData(recipe, [], limit, seed)
     processes = recipe.get("training.dataset_num_proc")
-    for source in sources(recipe):
-        settings, chat = settings_of(source)
-        template = chat_templates.settle(tokenizer, recipe, settings.form, chat=chat)
+    found = settings_of_all(recipe)
+    template = chat_templates.settle(tokenizer, recipe, [settings.form for _, settings in found if settings.chat])
+    for source, settings in found:
         masker = Masker(tokenizer, end_ids, settings.control_tokens)
 
         def prepared(split: str, source: Source = source, settings: Any = settings, masker: Any = masker) -> Prepared:
@@ -197,18 +202,18 @@ def _limit(recipe: Recipe) -> int | None:
     return recipe.get("training.max_length", MAX_LENGTH)
 
 
-def _part(prepared: Prepared, indices: Any, source: Source, limit: int | None) -> Part:
+def _part(prepared: Prepared, indices: Any, source: Source, limit: int | None) -> UsedRows:
     """Leaves out what the recipe leaves out of the rows that are too long."""
     none = numpy.zeros(0, numpy.int64)
     if limit is None:
-        return Part(prepared, indices, none, none)
+        return UsedRows(prepared, indices, none, none)
     too_long = indices[prepared.stats["length"][indices] > limit]
     cut_empty = too_long[prepared.stats["first"][too_long] >= limit]
     gone = cut_empty if source.get("truncation") == "keep_start" else too_long
-    return Part(prepared, numpy.setdiff1d(indices, gone), too_long, cut_empty)
+    return UsedRows(prepared, numpy.setdiff1d(indices, gone), too_long, cut_empty)
 
 
-def used_rows(part: Part, wanted: int | None) -> Iterator[Conversation]:
+def used_rows(part: UsedRows, wanted: int | None) -> Iterator[Conversation]:
     """The first `wanted` used rows of a split as conversations, in file order."""
     prepared = part.prepared
     left = set(part.stat("row")[:wanted].tolist())

@@ -1,5 +1,6 @@
 """A conversation becomes tokens of which exactly the assistant's words, with the token that ends them, carry loss."""
 
+import json
 import re
 import unicodedata
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 LAST = 4  # tokens: what a template may write after the last end token
 PROBE = "\ue000probe\ue001"  # private use characters: no template and no data has them
 LITERAL = "\ue002{}\ue003"
+MARKS = re.compile("[\ue002\ue003]")
 LITERALS = re.compile("\ue002(\\d+)\ue003")
 RENDER_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 
@@ -62,12 +64,7 @@ class Masker:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: set[int], control_tokens: str = "error") -> None:
         self.tokenizer, self.end_ids, self.control_tokens = tokenizer, end_ids, control_tokens
-        self.special = {
-            "bos_token": tokenizer.bos_token or "",
-            "eos_token": tokenizer.eos_token or "",
-            "pad_token": tokenizer.pad_token or "",
-            "unk_token": tokenizer.unk_token or "",
-        }
+        self.special = tokenizer.special_tokens_map  # what `apply_chat_template` gives a template
         names = {str(token) for token in tokenizer.all_special_tokens} | {
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
         }
@@ -172,6 +169,7 @@ class Masker:
 
         messages = [{**marked(message), "role": message["role"]} for message in conversation.messages]
         tools, text = marked(conversation.tools), marked(conversation.text)
+        keywords = marked(conversation.template_kwargs)
         if not literals:
             return conversation, []
         if self.control_tokens != "escape":
@@ -181,7 +179,10 @@ class Masker:
                 f"the text holds {literals[0]!r}, a control token of this tokenizer; remove it, or set "
                 "dataset.control_tokens: escape to train on it as plain text",
             )
-        return replace(conversation, messages=messages, tools=tools, text=text), literals
+        written = [conversation.messages, conversation.tools, conversation.text, conversation.template_kwargs]
+        if MARKS.search(json.dumps(written, ensure_ascii=False, default=str)):
+            raise BadRow("control_token", "", "holds a private use character (U+E002, U+E003) beside control tokens")
+        return replace(conversation, messages=messages, tools=tools, text=text, template_kwargs=keywords), literals
 
     def _render(
         self, messages: list[Message], conversation: Conversation, *, open_answer: bool = False, marks: bool = False
@@ -225,6 +226,8 @@ class Masker:
         literals: list[str] = []
         if self.control_tokens == "escape":
             conversation, literals = self._without_controls(conversation)
+        if conversation.text is not None:
+            return [*self.first_ids, *self._in_pieces(Rendered(conversation.text, [], literals)).ids]
         try:
             asked = self.tokenizer.apply_chat_template(
                 self._in_parts(conversation.messages),

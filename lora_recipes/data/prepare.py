@@ -15,10 +15,20 @@ import datasets
 import numpy
 import pyarrow
 
+from lora_recipes import console
 from lora_recipes.data.content import content_of, settings_key
 from lora_recipes.data.files import Source, local_files
 from lora_recipes.data.formats import BadRow, Conversation, RowSettings, convert
-from lora_recipes.data.masks import IGNORED, LITERALS, Masker, Rendered, Tokenized, odd_characters, require_encodable
+from lora_recipes.data.masks import (
+    IGNORED,
+    LITERALS,
+    ODD,
+    Masker,
+    Rendered,
+    Tokenized,
+    odd_characters,
+    require_encodable,
+)
 from lora_recipes.data.problems import KEPT, Problem, excerpt_of, problem_of
 from lora_recipes.data.readers import Chunk, rows_of
 from lora_recipes.data.scan import scan
@@ -41,7 +51,9 @@ STATS = {
     "hash": numpy.uint64,
     "flags": numpy.uint8,
 }
-DOUBLE_BOS, THINKING_LEFT_OUT, ODD_CHARACTERS = 1, 2, 4
+# Bits of `flags`: these two, and one for each kind of odd character.
+DOUBLE_BOS, THINKING_LEFT_OUT = 1, 2
+ODD_FLAGS = {kind: 4 << place for place, kind in enumerate(ODD)}
 DISK_FACTOR = 3  # bytes of tokens a byte of JSON text, at most: 8 bytes a token, a token seldom below 3 characters
 
 
@@ -54,7 +66,6 @@ class Prepared:
         stats: column of STATS → array, one entry a good row.
         problems: the first KEPT bad rows; `counts` has all of them by kind.
         rows: rows of the split, good and bad.
-        odd: kind of odd character → rows.
         places: file → what its numbers count, in the order of `stats["in_file"]`.
         folder: where it is kept, all bad rows included; None for a stream whose content is not pinned.
         first_row: row of the files that the split begins with (a slice).
@@ -68,7 +79,6 @@ class Prepared:
     problems: list[Problem]
     counts: Counter[str]
     rows: int
-    odd: Counter[str]
     places: list[tuple[str, str]]
     folder: Path | None
     key: str
@@ -88,8 +98,8 @@ class Tokenizing:
         self.masker, self.settings = masker, settings
         self.vocabulary = len(masker.tokenizer)
 
-    def __call__(self, chunk: Chunk) -> "Part":
-        part, rendered, kept = Part(), [], []
+    def __call__(self, chunk: Chunk) -> "Batch":
+        part, rendered, kept = Batch(), [], []
         for number, row in rows_of(chunk):
             index = part.rows
             part.rows += 1
@@ -115,7 +125,7 @@ class Tokenizing:
             if isinstance(tokens, BadRow):
                 part.reject(tokens, index, number, chunk, row)
             else:
-                part.add(index, number, tokens, self._flags(ready, tokens, part))
+                part.add(index, number, tokens, self._flags(ready, tokens))
         part.close()
         return part
 
@@ -138,18 +148,16 @@ class Tokenizing:
             numpy.array(conversation.input_ids, numpy.int32), numpy.array(conversation.labels, numpy.int32)
         )
 
-    def _flags(self, ready: Rendered | Tokenized, tokens: Tokenized, part: "Part") -> int:
+    def _flags(self, ready: Rendered | Tokenized, tokens: Tokenized) -> int:
         bos = self.masker.tokenizer.bos_token_id
         flags = DOUBLE_BOS if bos is not None and list(tokens.input_ids[:2]) == [bos, bos] else 0
         if isinstance(ready, Rendered):
             flags |= THINKING_LEFT_OUT if ready.thinking_left_out else 0
-            if odd := odd_characters(LITERALS.sub("", ready.text)):
-                part.odd.update(odd)
-                flags |= ODD_CHARACTERS
+            flags |= sum(ODD_FLAGS[kind] for kind in odd_characters(LITERALS.sub("", ready.text)))
         return flags
 
 
-class Part:
+class Batch:
     """What one chunk became."""
 
     def __init__(self) -> None:
@@ -157,7 +165,6 @@ class Part:
         self.problems: list[Problem] = []
         self.rejected: list[dict[str, Any]] = []
         self.counts: Counter[str] = Counter()
-        self.odd: Counter[str] = Counter()
         self.ids: Any = []  # arrays of one row each; one flat array once closed
         self.labels: Any = []
         self.rowwise: list[tuple[int, ...]] = []
@@ -233,11 +240,11 @@ def prepare(
         return _sliced(_scanned(source, base, settings, masker, processes, None, ""), split)
     folder = cache_folder("data") / f"{key}{'' if keep else '-seen'}"
     lock = Locked(folder.with_name(f"{folder.name}.lock"))
-    lock.acquire(wait=True)  # of several processes that start at once, one does the work
+    lock.acquire(wait=True, waiting=console.say)  # of several processes that start at once, one does the work
     try:
         if not (folder / "report.json").is_file():
             _require_room(source, base, folder.parent, keep)
-            with published(folder) as staging:
+            with published(folder, private=True) as staging:  # it holds users' rows
                 _scanned(source, base, settings, masker, processes, staging, key, keep=keep)
                 if _key(source, base, settings, masker) != key:
                     raise DataError(f"{source.where('data_files')}: a data file changed while it was read; start again")
@@ -261,7 +268,6 @@ def _scanned(
     collected: dict[str, list[Any]] = {name: [] for name in STATS}
     problems: list[Problem] = []
     counts: Counter[str] = Counter()
-    odd: Counter[str] = Counter()
     places: list[tuple[str, str]] = []
     rows = 0
     rejected = (folder / "rejected.jsonl").open("w", encoding="utf-8", errors="backslashreplace") if folder else None
@@ -275,7 +281,6 @@ def _scanned(
             collected[name].append(values)
         problems += [replace(problem, row=problem.row + rows) for problem in part.problems[: KEPT - len(problems)]]
         counts.update(part.counts)
-        odd.update(part.odd)
         if rejected:
             rejected.writelines(_line(row | {"row": row["row"] + rows}) for row in part.rejected)
         if sink and len(part.stats["row"]):
@@ -294,44 +299,25 @@ def _scanned(
             {
                 "rows": rows,
                 "counts": dict(counts),
-                "odd": dict(odd),
                 "places": places,
             },
         )
-    return Prepared(source, split, settings, None, stats, problems, counts, rows, odd, places, None, key)
+    return Prepared(source, split, settings, None, stats, problems, counts, rows, places, None, key)
 
 
 def _loaded(source: Source, split: str, settings: RowSettings, folder: Path, key: str) -> Prepared:
     report = read_json(folder / "report.json")
     with numpy.load(folder / "stats.npz") as arrays:
         stats = {name: arrays[name] for name in STATS}
-    tokens = None
-    if (folder / "tokens.arrow").is_file():
-        tokens = datasets.Dataset.from_file(str(folder / "tokens.arrow")) if len(stats["row"]) else None
-    return Prepared(
-        source,
-        split,
-        settings,
-        tokens,
-        stats,
-        [_problem(row) for row in islice(_rejected(folder), KEPT)],
-        Counter(report["counts"]),
-        report["rows"],
-        Counter(report["odd"]),
-        [(name, unit) for name, unit in report["places"]],
-        folder,
-        key,
-    )
+    kept = folder / "tokens.arrow"
+    tokens = datasets.Dataset.from_file(str(kept)) if kept.is_file() and len(stats["row"]) else None
+    counts, places = Counter(report["counts"]), [(name, unit) for name, unit in report["places"]]
+    loaded = Prepared(source, split, settings, tokens, stats, [], counts, report["rows"], places, folder, key)
+    return replace(loaded, problems=[_problem(row) for row in islice(_bad_rows(loaded), KEPT)])
 
 
 def _line(value: dict[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
-
-
-def _rejected(folder: Path) -> Iterator[dict[str, Any]]:
-    """The bad rows of a split: the fields of a Problem, and the row itself as `raw`."""
-    with (folder / "rejected.jsonl").open(encoding="utf-8") as stream:
-        yield from map(json.loads, stream)
 
 
 def _problem(row: dict[str, Any]) -> Problem:
@@ -344,34 +330,35 @@ def _sliced(prepared: Prepared, split: str) -> Prepared:
         return prepared
     first, last = rows_in_slice(prepared.source, split, prepared.rows)
     kept = numpy.flatnonzero((prepared.stats["row"] >= first) & (prepared.stats["row"] < last))
-    problems = prepared.problems
-    if prepared.folder is not None and prepared.counts:
-        problems = [_problem(row) for row in _rejected(prepared.folder)]
-    problems = [problem for problem in problems if first <= problem.row < last]
-    return replace(
+    sliced = replace(
         prepared,
         split=split,
         tokens=prepared.tokens.select(kept) if prepared.tokens is not None else None,
         stats={name: values[kept] for name, values in prepared.stats.items()},
-        problems=problems[:KEPT],
-        counts=Counter(problem.kind for problem in problems),
         rows=last - first,
         first_row=first,
     )
+    return replace(
+        sliced,
+        problems=[_problem(row) for row in islice(_bad_rows(sliced), KEPT)],
+        counts=Counter(row["kind"] for row in _bad_rows(sliced)),
+    )
 
 
-def rejected_rows(prepared: Prepared) -> list[dict[str, Any]]:
+def rejected_rows(prepared: Prepared) -> Iterator[dict[str, Any]]:
     """The bad rows of the split, each with its reason and as much of the row as was kept."""
-    if not prepared.counts:
-        return []
-    if prepared.folder is None:
-        return [{"kind": problem.kind, "reason": str(problem)} for problem in prepared.problems]
+    for row in _bad_rows(prepared):
+        yield {"kind": row["kind"], "reason": str(_problem(row)), "row": row["raw"]}
+
+
+def _bad_rows(prepared: Prepared) -> Iterator[dict[str, Any]]:
+    """The bad rows of the split: the fields of a Problem, and the row itself as `raw` where it was kept."""
     here = range(prepared.first_row, prepared.first_row + prepared.rows)
-    return [
-        {"kind": row["kind"], "reason": str(_problem(row)), "row": row["raw"]}
-        for row in _rejected(prepared.folder)
-        if row["row"] in here
-    ]
+    if prepared.folder is None:
+        yield from ({**asdict(problem), "raw": None} for problem in prepared.problems if problem.row in here)
+    elif prepared.counts:
+        with (prepared.folder / "rejected.jsonl").open(encoding="utf-8") as stream:
+            yield from (row for row in map(json.loads, stream) if row["row"] in here)
 
 
 def _key(source: Source, split: str, settings: RowSettings, masker: Masker) -> str | None:

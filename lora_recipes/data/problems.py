@@ -1,6 +1,7 @@
 """What is wrong with rows: said with file and line, the first of them one by one, all of them counted by kind."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -12,6 +13,8 @@ from lora_recipes.data.readers import Chunk
 SHOWN = 20  # problems that are listed one by one
 KEPT = 1000  # problems that are remembered with their text
 RAW = 2000  # characters of a row that rejected.jsonl repeats
+# Control characters, line separators, marks that reorder text, and halves of surrogate pairs.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 KINDS = {
     "broken_json": "broken JSON",
@@ -61,8 +64,13 @@ class Problem:
 
 
 def problem_of(bad: BadRow, row: int, number: int, chunk: Chunk) -> Problem:
-    """A BadRow with its place."""
-    return Problem(row, chunk.file, chunk.unit, number, bad.kind, bad.field, bad.message)
+    """A BadRow with its place. What it says may repeat the row's own words."""
+    return Problem(row, chunk.file, chunk.unit, number, bad.kind, printable(bad.field), printable(bad.message))
+
+
+def printable(text: str) -> str:
+    """The text on one line, with what a terminal would obey, or no file could hold, written out: `\\x1b`, `\\ud800`."""
+    return UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
 def excerpt_of(row: Any) -> str:

@@ -35,7 +35,7 @@ def _from_prompt(prompt: str, rows: SourceRows) -> Question:
     """A bare prompt is put into the form of the training rows, with their system message where they have one."""
     first = next(used_rows(rows.train, 1), None)
     if first is None or not first.messages:
-        return Question(prompt, rows.masker.tokenizer(prompt)["input_ids"], None)
+        return Question(prompt, rows.masker.prompt_ids(Conversation(text=prompt)), None)
     marked = marked_messages(prompt) if SPEAKER.search(prompt) else []
     messages = [message for message in marked if message["content"]] or [{"role": "user", "content": prompt}]
     system = [message for message in first.messages[:1] if message["role"] == "system" != messages[0]["role"]]
@@ -48,9 +48,10 @@ def _from_row(row: Conversation, masker: Masker) -> Question | None:
     if row.input_ids is not None:
         return None
     if row.text is not None:
-        return Question(row.text, masker.tokenizer(row.text)["input_ids"], None)
+        return Question(row.text, masker.prompt_ids(row), None)
     answers = [number for number, message in enumerate(row.messages) if message["role"] == "assistant"]
     last = answers[-1] if answers else len(row.messages)
-    expected = row.messages[last]["content"].strip() if answers else None
+    # A tool call is no text that an answer could be compared with.
+    expected = row.messages[last]["content"].strip() if answers and not row.messages[last].get("tool_calls") else None
     asked = [message["content"] for message in row.messages[:last] if message["role"] == "user"]
     return Question(asked[-1] if asked else "", masker.prompt_ids(replace(row, messages=row.messages[:last])), expected)

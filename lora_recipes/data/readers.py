@@ -26,6 +26,7 @@ LONGEST_ROW = 1 << 27  # bytes of a line, or characters of the window through wh
 EXCERPT = 80  # characters of a broken line that a message repeats
 ARROW_FILE = b"ARROW1"
 SPACE = re.compile(r"\s*")
+PAIRS = json.JSONDecoder(object_pairs_hook=list)
 UTF16 = "looks like UTF-16; save the file as UTF-8"
 GBK = re.compile(rb"(?:[\x00-\x7f]|[\xa1-\xf7][\xa1-\xfe])*")  # Chinese in pairs of bytes; Latin-1 has them singly
 # How files begin that are no text, whatever they are called.
@@ -42,7 +43,7 @@ BINARY = {
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows in file order: either whole lines of JSON (`lines`), or rows that are parsed (`rows`).
+    """Some rows in file order: whole lines of JSON (`lines`), rows as JSON text (`texts`), or rows that are parsed (`rows`).
 
     Attributes:
         file: as the recipe names it.
@@ -54,6 +55,7 @@ class Chunk:
     unit: str
     first: int = 1
     lines: bytes = b""
+    texts: list[tuple[int, str]] = field(default_factory=list)
     rows: list[tuple[int, Any]] = field(default_factory=list)
 
     def place(self, number: int) -> str:
@@ -63,23 +65,44 @@ class Chunk:
 
 def rows_of(chunk: Chunk) -> Iterator[tuple[int, Any]]:
     """(number, row) of a chunk; a BadRow in the row's place when it is broken."""
-    if not chunk.lines:
-        yield from chunk.rows
-        return
-    for number, line in enumerate(chunk.lines.split(b"\n"), start=chunk.first):
-        if line and not line.isspace():
-            yield number, _parsed(line)
+    if chunk.lines:
+        for number, line in enumerate(chunk.lines.split(b"\n"), start=chunk.first):
+            if line and not line.isspace():
+                yield number, _parsed_line(line)
+    for number, text in chunk.texts:
+        yield number, _parsed(text)
+    yield from chunk.rows
 
 
-def _parsed(line: bytes) -> Any:
+def _parsed_line(line: bytes) -> Any:
     try:
-        return JSON.decode(line.removeprefix(BOM_UTF8).decode())
+        return _parsed(line.removeprefix(BOM_UTF8).decode())
     except UnicodeDecodeError as error:
         return BadRow("encoding", "", not_utf8(error.object, error.start), _raw(line))
+
+
+def _parsed(text: str) -> Any:
+    try:
+        row = JSON.decode(text)
+        if isinstance(row, dict) and (key := _twice(text, row)) is not None:
+            return BadRow("broken_json", "", f"broken JSON: has the key `{key}` twice", text)
+        return row
     except json.JSONDecodeError as error:
-        return BadRow("broken_json", f"column {error.colno}", _said(error), _raw(line))
+        return BadRow("broken_json", f"column {error.colno}", _said(error), text)
     except (ValueError, RecursionError) as error:
-        return BadRow("broken_json", "", _unreadable(error), _raw(line))
+        return BadRow("broken_json", "", _unreadable(error), text)
+
+
+def _twice(text: str, row: dict[str, Any]) -> str | None:
+    """A key that the row has twice, of which `json` keeps the last in silence.
+
+    Counting takes a fraction of the time of parsing, so only a row whose text has a key again, perhaps deeper down, is
+    parsed in pairs.
+    """
+    if all(text.count(f'"{key}"') == 1 for key in row):
+        return None
+    names = [name for name, _ in PAIRS.decode(text)]
+    return next((name for name in names if names.count(name) > 1), None) if len(names) > len(row) else None
 
 
 def _raw(line: bytes) -> str:
@@ -222,11 +245,11 @@ def _line_chunks(path: Path, stream: io.BufferedReader) -> Iterator[Chunk]:
 def _array_chunks(path: Path, stream: io.BufferedReader) -> Iterator[Chunk]:
     rows = _array_rows(path, stream)
     while batch := list(islice(rows, CHUNK_ROWS)):
-        yield Chunk(str(path), "line", batch[0][0], rows=batch)
+        yield Chunk(str(path), "line", batch[0][0], texts=batch)
 
 
-def _array_rows(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, Any]]:
-    """(line, row) of one JSON array."""
+def _array_rows(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, str]]:
+    """(line, row as JSON text) of one JSON array: text travels faster than objects, and however deep it is nested."""
     window = _Window(path, stream)
     window.take("[")
     if window.peek() == "]":
@@ -270,21 +293,21 @@ class _Window:
             raise DataError(f"{self.path}:{self.line}:{column}: broken JSON: `{expected}` expected, found {found!r}")
         self.at += 1
 
-    def value(self) -> tuple[int, Any]:
-        """(line, value) of the JSON value that comes next."""
+    def value(self) -> tuple[int, str]:
+        """(line, text) of the JSON value that comes next."""
         if not self.peek():
             raise DataError(f"{self.path}:{self.line}: the file ends mid-row: its JSON array is not closed")
         while True:
             try:
-                found, end = JSON.raw_decode(self.text, self.at)
+                _, end = JSON.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 if len(self.text) - self.at < LONGEST_ROW and self._grow():
                     continue
                 raise DataError(self._broken(error)) from None
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{self.path}:{self.line}: {_unreadable(error)}") from None
-            line = self.line
-            self.line += self.text.count("\n", self.at, end)
+            line, found = self.line, self.text[self.at : end]
+            self.line += found.count("\n")
             self.at = end
             return line, found
 
@@ -345,7 +368,10 @@ def _csv_rows(path: Path, stream: io.BufferedReader, delimiter: str) -> Iterator
             what = (
                 "the file ends mid-row: a quote that this row opens is never closed" if ends else f"broken CSV: {error}"
             )
-            raise DataError(f"{path}:{number}: {what}") from None
+            raise DataError(
+                f"{path}:{number}: {what}; mend it: from here on rows cannot be told apart, so `bad_rows: skip` cannot "
+                "skip it"
+            ) from None
         if not cells:
             continue  # a blank line
         if not names:

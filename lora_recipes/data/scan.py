@@ -1,11 +1,16 @@
 """One pass over the rows of a split: chunks are worked on in parallel, results come back in file order."""
 
+import ctypes
 import multiprocessing
 import os
+import signal
+import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from threading import Thread
 from typing import Any
 
 from lora_recipes.data.files import Source, local_files
@@ -14,6 +19,7 @@ from lora_recipes.errors import MachineError
 
 SMALL = 4 << 20  # bytes: less than this is read faster than processes start
 AHEAD = 3  # chunks a process that are read ahead; bounds memory
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 Work = Callable[[Chunk], Any]
 _work: Work | None = None
@@ -38,7 +44,8 @@ def scan(source: Source, split: str, work: Work, processes: int | None) -> Itera
     # Forked where that is safe: the tokenizer is inherited instead of being sent, and nothing is imported again.
     context = multiprocessing.get_context("fork" if os.uname().sysname == "Linux" else "spawn")
     pending: deque[tuple[Chunk, Future]] = deque()
-    with ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(work,)) as pool:
+    initial = (work, os.getpid())
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=initial) as pool:
         try:
             for chunk in chunks:
                 pending.append((_emptied(chunk), pool.submit(_run, chunk)))
@@ -67,10 +74,27 @@ def _emptied(chunk: Chunk) -> Chunk:
     return Chunk(chunk.file, chunk.unit, chunk.first)
 
 
-def _start(work: Work) -> None:
+def _start(work: Work, parent: int) -> None:
     global _work
     _work = work
+    _die_with(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+
+
+def _die_with(parent: int) -> None:
+    """End this process with the one that started it, which may be killed without a chance to say so."""
+    # The signal comes when the thread ends that forked: the one that reads the chunks, for as long as it does.
+    if sys.platform == "linux" and not ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL)):
+        if os.getppid() != parent:  # it ended before it was asked for
+            os._exit(1)
+        return
+    Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _run(chunk: Chunk) -> Any:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from lora_recipes.data.load import LoadedData, Part, SourceRows
+from lora_recipes.data.load import LoadedData, SourceRows, UsedRows
 from lora_recipes.data.masks import IGNORED, Masker
 from lora_recipes.data.prepare import Tokenizing
 from lora_recipes.data.scan import scan
@@ -64,30 +64,39 @@ def row_of(data: LoadedData, number: int) -> ShownRow:
     left = number
     for rows in data.sources:
         prepared = rows.train.prepared
-        count = max(prepared.rows, int(prepared.stats["row"].max(initial=-1)) + 1)  # a slice keeps the file's numbers
-        if left <= count:
-            (found,) = (prepared.stats["row"] == left - 1).nonzero()
+        if left <= prepared.rows:
+            row = prepared.first_row + left - 1
+            (found,) = (prepared.stats["row"] == row).nonzero()
             if len(found):
-                part = rows.train if found[0] in rows.train.indices or rows.heldout is None else rows.heldout
-                return _shown(data, rows, part, int(found[0]), "asked for")
-            problem = next((str(problem) for problem in prepared.problems if problem.row == left - 1), "")
-            raise RunError(f"row {number} is not trained on: {problem}")
-        left -= count
+                return _shown(data, rows, *_used_in(rows, int(found[0]), data.limit))
+            reasons = [str(problem) for problem in prepared.problems if problem.row == row]
+            reason = reasons[0] if reasons else "it is one of many bad rows, see rejected.jsonl"
+            raise RunError(f"row {number} is not trained on: {reason}")
+        left -= prepared.rows
     raise RunError(f"there is no row {number}: the training splits have {number - left:,} rows")
+
+
+def _used_in(rows: SourceRows, index: int, limit: int | None) -> tuple[UsedRows, int, str]:
+    """(split, index, what becomes of it) of a good row of the training split."""
+    if rows.heldout is not None and rows.heldout.prepared is rows.train.prepared and index in rows.heldout.indices:
+        return rows.heldout, index, "held out"
+    if index in rows.train.indices:
+        return rows.train, index, "trained on"
+    return rows.train, index, f"left out: longer than {limit} tokens"
 
 
 def worst_rows(data: LoadedData, report: dict[str, Any], count: int) -> list[ShownRow]:
     """`count` rows: those that the audit names first, then the first ones of the file."""
-    by_name = {rows.source.name: rows for rows in data.sources}
+    by_key = {rows.source.key: rows for rows in data.sources}
     wanted: dict[tuple[str, str, int], str] = {}
     for found in _in_turn(report["worst"]):
         wanted.setdefault((found["source"], found["split"], found["row"]), found["why"])
     for rows in data.sources:
         for row in rows.train.stat("row")[:count]:
-            wanted.setdefault((rows.source.name, rows.train.prepared.split, int(row) + 1), "among the first")
+            wanted.setdefault((rows.source.key, rows.train.prepared.split, int(row) + 1), "among the first")
     shown = []
-    for (name, split, row), why in list(wanted.items())[:count]:
-        rows = by_name[name]
+    for (key, split, row), why in list(wanted.items())[:count]:
+        rows = by_key[key]
         part = rows.train if rows.train.prepared.split == split or rows.heldout is None else rows.heldout
         (found,) = (part.prepared.stats["row"] == row - 1).nonzero()
         shown.append(_shown(data, rows, part, int(found[0]), why))
@@ -103,7 +112,7 @@ def _in_turn(worst: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [found[place] for place in range(longest) for found in by_reason if place < len(found)]
 
 
-def _shown(data: LoadedData, rows: SourceRows, part: Part, index: int, why: str) -> ShownRow:
+def _shown(data: LoadedData, rows: SourceRows, part: UsedRows, index: int, why: str) -> ShownRow:
     prepared = part.prepared
     tokens = prepared.tokens[index] if prepared.tokens is not None else _tokenized(rows, part, index)
     ids, labels = tokens["input_ids"][: data.limit], tokens["labels"][: data.limit]
@@ -127,7 +136,7 @@ def _pieces(ids: list[int], labels: list[int], masker: Masker) -> list[Piece]:
     ]
 
 
-def _tokenized(rows: SourceRows, part: Part, index: int) -> dict[str, list[int]]:
+def _tokenized(rows: SourceRows, part: UsedRows, index: int) -> dict[str, list[int]]:
     """A row of a source that keeps no tokens on disk: read and tokenized once more."""
     prepared = part.prepared
     wanted, first = int(prepared.stats["row"][index]), 0

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from lora_recipes.errors import EXIT_REFUSED, EXIT_USER
 from lora_recipes.recipe.nodes import Node
 from lora_recipes.recipe.problem import Origin, Problem
+from lora_recipes.recipe.vocabulary import LOCAL_BUILDERS
 
 Values = dict[str, Any]
 
@@ -147,6 +148,12 @@ def _packing(values: Values) -> Iterator[Finding]:
             "`wrapped` cuts rows anywhere and lets the documents of a packed row see each other",
             "write `bfd`, or `bfd_split` to split long rows",
         )
+    if training.get("shuffle_dataset") and not training.get("packing"):
+        yield Finding(
+            "training.shuffle_dataset",
+            "has no effect without `training.packing`: the trainer shuffles rows by itself",
+            "drop it, or choose `training.train_sampling_strategy`",
+        )
     if training.get("padding_free") and not training.get("packing") and training.get("max_length", 0) is not None:
         yield Finding(
             "training.padding_free",
@@ -191,7 +198,6 @@ def _generation(values: Values) -> Iterator[Finding]:
 
 
 # Builders of datasets that read the files in `data_files` and nothing else.
-LOCAL_BUILDERS = ("json", "csv", "parquet", "arrow", "text")
 
 
 def _local_files(values: Values) -> Iterator[Finding]:
@@ -306,14 +312,19 @@ def _row_limits(values: Values) -> Iterator[Finding]:
 
 
 def _truncation(values: Values) -> Iterator[Finding]:
-    if values.get("training", {}).get("max_length", 0) is not None:
+    training = values.get("training", {})
+    if training.get("packing") and training.get("packing_strategy") == "bfd_split":
+        why, way_out = "`training.packing_strategy: bfd_split`: long rows are split, not cut", "drop it, or write `bfd`"
+    elif training.get("max_length", 0) is None:
+        why, way_out = "`training.max_length: null`: no row is too long", "set a max_length, or drop it"
+    else:
         return
     for prefix, source in _sources(values):
         if source.get("truncation") is not None:
             yield Finding(
                 f"{prefix}.truncation",
-                "has no effect with `training.max_length: null`: no row is too long",
-                "set a max_length, or drop it",
+                f"has no effect with {why}",
+                way_out,
             )
 
 

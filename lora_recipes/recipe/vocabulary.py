@@ -15,6 +15,10 @@ OWNERS = {
     "merge": "transformers.PreTrainedModel.save_pretrained",
 }
 
+# Builders of `datasets` that read local files, and the forms of a row (`lora_recipes.data.formats` has their columns).
+LOCAL_BUILDERS = ("json", "csv", "parquet", "arrow", "text")
+FORMATS = ("text", "messages", "prompt_completion", "alpaca", "sharegpt", "question_answer", "input_ids")
+
 _DTYPE = {"enum": ["float32", "float16", "bfloat16"]}
 _NAME = {"type": "string", "minLength": 1}
 _FRACTION = {"type": "number", "minimum": 0, "maximum": 1}
@@ -37,15 +41,7 @@ OWN_KEYS: dict[str, dict[str, dict[str, Any]]] = {
             "description": "How often each row of this source is seen in an epoch: 2 twice, 0.5 a seeded half. Unset: 1.",
         },
         "format": {
-            "enum": [
-                "text",
-                "messages",
-                "prompt_completion",
-                "alpaca",
-                "sharegpt",
-                "question_answer",
-                "input_ids",
-            ],
+            "enum": list(FORMATS),
             "description": "Form of the rows. Unset: recognised by the columns.",
         },
         "columns": {

@@ -25,6 +25,7 @@ from lora_recipes.train.describe import describe
 from lora_recipes.train.preflight import Ready, data_hashes
 from lora_recipes.train.record import RecordCallback, write_manifest, write_status
 from lora_recipes.train.trainer import RecipeTrainer, build_trainer, training_arguments
+from lora_recipes.trained import require_same_tokens
 
 # Layers that read position ids; what else a config names as a layer type carries a state.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -61,8 +62,11 @@ def train(recipe: Recipe, ready: Ready, *, resume: bool) -> None:
     _require_small_on_cpu(recipe, choices, targets)
     ends = end_token_ids(recipe, source, tokenizer)
     data = load_data(recipe, tokenizer, set(ends))
+    if resume:
+        require_same_tokens(recipe, run_dir, data.keys())
     report = audit(data, args.per_device_train_batch_size, _global_batch(args))
     require_sound(report)
+    _refuse_leaking_stream(recipe, args, data, report["epoch_rows"])
     base = load_base(recipe, source, choices)
     trainer = build_trainer(recipe, args, choices, base, tokenizer, data, [RecordCallback(run_dir)])
     last = _last_checkpoint(run_dir) if resume else None
@@ -74,6 +78,16 @@ def train(recipe: Recipe, ready: Ready, *, resume: bool) -> None:
     ready.opened = True
     _run(trainer, last)
     _publish(trainer, run_dir, recipe, source)
+
+
+def _refuse_leaking_stream(recipe: Recipe, args: SFTConfig, data: LoadedData, rows: int) -> None:
+    """Where a stream ends within an accumulation, the Trainer lets its gradient run into the first step of the next pass."""
+    if data.streams and args.gradient_accumulation_steps > 1 and args.max_steps * _global_batch(args) > rows:
+        raise RecipeError(
+            f"{recipe.where('training.max_steps')}: {args.max_steps} steps of {_global_batch(args)} rows are more than one "
+            f"pass over a stream of {rows:,} rows, which does not go with gradient_accumulation_steps > 1; set "
+            f"training.max_steps={rows // _global_batch(args)}, or read without dataset.streaming"
+        )
 
 
 def _global_batch(args: SFTConfig) -> int:
@@ -121,7 +135,15 @@ def _open_run(
     if last is None:  # a resumed run keeps the record of its beginning
         write_text(run_dir.recipe, json.dumps(recipe.plain(), indent=2, ensure_ascii=False) + "\n")
         write_manifest(
-            run_dir, recipe, source, tokenizer.chat_template, data_hashes(recipe), report, choices, trainer.args.seed
+            run_dir,
+            recipe,
+            source,
+            tokenizer.chat_template,
+            data_hashes(recipe),
+            data.keys(),
+            report,
+            choices,
+            trainer.args.seed,
         )
         write_status(run_dir, last_good_checkpoint=None)
 

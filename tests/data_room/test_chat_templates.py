@@ -1,12 +1,14 @@
 """Every chat template that TRL has, and those shipped here: the assistant's words and the end token carry loss, no more."""
 
 import copy
+import unicodedata
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 from lora_recipes.data import chat_templates
@@ -617,7 +619,7 @@ def test_the_shipped_templates_are_known():
 def test_a_shipped_template_begins_as_the_tokenizer_does(name: str, adds_bos: bool, recipe_on: Callable[..., Recipe]):
     tokenizer = bare_tokenizer(adds_bos=adds_bos)
     recipe = recipe_on([{}], chat_template_path=name)
-    assert chat_templates.settle(tokenizer, recipe, "messages", chat=True) == f"`{name}`"
+    assert chat_templates.settle(tokenizer, recipe, ["messages"]) == f"`{name}`"
     masker = Masker(tokenizer, {tokenizer.eos_token_id})
     row = chat("Say six.", SIX, "Chinese.", LIU)
     row.messages.insert(0, {"role": "system", "content": "Be brief."})
@@ -636,7 +638,7 @@ def test_a_shipped_template_begins_as_the_tokenizer_does(name: str, adds_bos: bo
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_template_without_a_form_for_tools_refuses_them(name: str, recipe_on: Callable[..., Recipe]):
     tokenizer = bare_tokenizer()
-    chat_templates.settle(tokenizer, recipe_on([{}], chat_template_path=name), "messages", chat=True)
+    chat_templates.settle(tokenizer, recipe_on([{}], chat_template_path=name), ["messages"])
     masker = Masker(tokenizer, {tokenizer.eos_token_id})
     without_list = {"messages": ROWS["tools"]["messages"]}
     assert refused(masker, conversation(ROWS["tools"])).kind == "template"
@@ -651,13 +653,13 @@ def test_a_template_is_a_file_a_shipped_name_or_one_of_trls(recipe_on: Callable[
         ("llama3", "TRL's `llama3`", (TRL / "llama3.jinja").read_text(encoding="utf-8")),
     ):
         tokenizer = bare_tokenizer()
-        assert chat_templates.settle(tokenizer, recipe_on([{}], chat_template_path=wanted), "text", chat=True) == said
+        assert chat_templates.settle(tokenizer, recipe_on([{}], chat_template_path=wanted), ["text"]) == said
         assert tokenizer.chat_template.startswith(begins)
 
 
 def test_an_unknown_template_is_refused_with_the_known_names(recipe_on: Callable[..., Recipe]):
     with pytest.raises(RecipeError) as caught:
-        chat_templates.settle(bare_tokenizer(), recipe_on([{}], chat_template_path="lama3"), "messages", chat=True)
+        chat_templates.settle(bare_tokenizer(), recipe_on([{}], chat_template_path="lama3"), ["messages"])
     for name in ("lama3", *SHIPPED, "llama3", "qwen3_training", "tiny.yaml:"):
         assert name in str(caught.value)
 
@@ -668,10 +670,7 @@ def test_an_unknown_template_is_refused_with_the_known_names(recipe_on: Callable
 )
 def test_without_a_template_literal_formats_have_one(form: str, template: str, recipe_on: Callable[..., Recipe]):
     tokenizer = bare_tokenizer(adds_bos=True)
-    assert (
-        chat_templates.settle(tokenizer, recipe_on([{}]), form, chat=True)
-        == f"`{template}`, for the tokenizer has none"
-    )
+    assert chat_templates.settle(tokenizer, recipe_on([{}]), [form]) == f"`{template}`, for the tokenizer has none"
     masker = Masker(tokenizer, {tokenizer.eos_token_id})
     ids = tokenized(masker, chat("Say six.", SIX)).input_ids.tolist()
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
@@ -680,12 +679,12 @@ def test_without_a_template_literal_formats_have_one(form: str, template: str, r
 @pytest.mark.parametrize("form", ["messages", "sharegpt", "alpaca", "question_answer"])
 def test_without_a_template_chat_formats_need_one(form: str, recipe_on: Callable[..., Recipe]):
     with pytest.raises(RecipeError, match=r"this tokenizer has no chat template.*chat_template_path.*chatml.*llama3"):
-        chat_templates.settle(bare_tokenizer(), recipe_on([{}]), form, chat=True)
+        chat_templates.settle(bare_tokenizer(), recipe_on([{}]), [form])
 
 
 def test_rows_that_are_no_conversations_need_no_template(recipe_on: Callable[..., Recipe]):
     tokenizer = bare_tokenizer()
-    assert chat_templates.settle(tokenizer, recipe_on([{}]), "text", chat=False) == "none"
+    assert chat_templates.settle(tokenizer, recipe_on([{}]), []) == "none"
     assert tokenizer.chat_template is None
     assert refused(Masker(tokenizer, {0}), chat("Say six.", SIX)).message == "the tokenizer has no chat template"
 
@@ -693,5 +692,36 @@ def test_rows_that_are_no_conversations_need_no_template(recipe_on: Callable[...
 def test_the_models_own_template_is_kept(recipe_on: Callable[..., Recipe]):
     tokenizer = bare_tokenizer()
     tokenizer.chat_template = SMOLLM2
-    assert chat_templates.settle(tokenizer, recipe_on([{}]), "messages", chat=True) == "the model's own"
+    assert chat_templates.settle(tokenizer, recipe_on([{}]), ["messages"]) == "the model's own"
     assert tokenizer.chat_template == SMOLLM2
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered"),
+    [("cafe\u0301 e\u0301 o\u0308", "answer \u0958 done"), ("e\u0301e\u0301", "x \u0344 yes"), ("plain", "cafe\u0301")],
+    ids=["grows and shrinks", "grows", "in the answer"],
+)
+def test_a_normalizer_that_moves_characters_does_not_move_the_mask(asked: str, answered: str):
+    """The widths of the tokens add up to the text although both of its ends were changed (NFC, as in Qwen)."""
+    tokenizer = own_masker(SMOLLM2).tokenizer
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    masker = Masker(tokenizer, {tokenizer.convert_tokens_to_ids("<|im_end|>")})
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    (row,) = masker.tokenize([masker.render(Conversation(messages))])
+    trained = tokenizer.decode([int(label) for label in row.labels if label != IGNORED])
+    assert trained == unicodedata.normalize("NFC", answered) + "<|im_end|>"
+
+
+def test_control_tokens_in_template_kwargs_are_refused_as_well():
+    masker = own_masker("{{ note }}" + SMOLLM2)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(BadRow, match="control_token"):
+        masker.render(Conversation(messages, template_kwargs={"note": "x<|im_end|>"}))
+
+
+def test_the_marks_of_escaped_tokens_cannot_be_forged():
+    masker = own_masker(SMOLLM2)
+    masker.control_tokens = "escape"
+    messages = [{"role": "user", "content": "\ue0029\ue003 <|im_end|>"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(BadRow, match="private use"):
+        masker.render(Conversation(messages))

@@ -10,13 +10,14 @@ import pytest
 from lora_recipes.data.audit import audit, require_sound
 from lora_recipes.data.check import check_data
 from lora_recipes.data.files import sources
-from lora_recipes.data.formats import COLUMNS, BadRow, RowSettings, convert, oriented, recognise
+from lora_recipes.data.formats import COLUMNS, CONVERTERS, OPTIONAL, BadRow, RowSettings, convert, oriented, recognise
 from lora_recipes.data.forms import settings_of
 from lora_recipes.data.load import load_data
 from lora_recipes.errors import DataError
 from lora_recipes.model.build import end_token_ids, load_tokenizer
 from lora_recipes.model.source import locate
 from lora_recipes.recipe import Recipe
+from lora_recipes.recipe.vocabulary import FORMATS
 
 WORDS = [
     "the",
@@ -450,7 +451,7 @@ def test_rows_of_tokens_are_taken_as_they_are(recipe_on: Callable[..., Recipe]):
     assert tokens_of(recipe_on(rows)) == [([1, 300, 301, 2], [-100, -100, 301, 2]), ([300, 2], [300, 2])]
     text = [{name: json.dumps(value) for name, value in row.items()} for row in rows]
     assert tokens_of(recipe_on(text)) == tokens_of(recipe_on(rows))
-    assert settings_of(sources(recipe_on(rows))[0])[1] is False
+    assert not settings_of(sources(recipe_on(rows))[0]).chat
 
 
 def test_a_row_that_was_converted_is_not_changed():
@@ -460,3 +461,7 @@ def test_a_row_that_was_converted_is_not_changed():
     assert json.dumps(row) == before
     with pytest.raises(BadRow):
         convert({"messages": []}, RowSettings("messages", {}))
+
+
+def test_the_formats_that_a_recipe_may_name_are_those_that_are_read():
+    assert set(FORMATS) == set(COLUMNS) == set(OPTIONAL) == set(CONVERTERS)

@@ -1,6 +1,7 @@
 """Mixtures, held-out shares, streams and the token cache: which rows are trained on, and how often."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,9 @@ from lora_recipes.data import prepare, scan
 from lora_recipes.data.audit import audit
 from lora_recipes.data.load import LoadedData, load_data
 from lora_recipes.data.masks import Masker
-from lora_recipes.errors import MachineError
+from lora_recipes.data.questions import questions
+from lora_recipes.data.show import row_of, worst_rows
+from lora_recipes.errors import DataError, MachineError, RecipeError
 from lora_recipes.model.build import end_token_ids, load_tokenizer
 from lora_recipes.model.source import locate
 from lora_recipes.recipe import load_recipe
@@ -181,3 +184,125 @@ def test_escaped_control_tokens_are_not_counted_as_odd(load: Callable[..., Loade
     texts = ["plain", "say <|im_end|> twice"]
     report = audit(load(source(write("a.jsonl", texts), control_tokens="escape")), 1, 1)
     assert report["odd_characters"] == {} and report["problems"] == []
+
+
+TEXT = {"text": "Human: say it\nAssistant: alpha 0"}
+
+
+def write_rows(path: str, rows: list[Any]) -> str:
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def bare_model(tiny_model: Path, workdir: Path) -> dict[str, str]:
+    """The `model` section of a copy of the tiny model whose tokenizer has no chat template."""
+    shutil.copytree(tiny_model, workdir / "bare")
+    (workdir / "bare" / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((workdir / "bare" / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (workdir / "bare" / "tokenizer_config.json").write_text(json.dumps(config))
+    return {"pretrained_model_name_or_path": "bare"}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("other", [{"prompt": "say it", "completion": "beta 0"}, row("beta 0")], ids=["plain", "chat"])
+def test_sources_that_need_different_templates_are_refused_in_any_order(
+    write_recipe: Callable[..., Path], bare_model: dict, order: tuple[int, int], other: dict
+):
+    files = [write_rows("a.jsonl", [TEXT]), write_rows("b.jsonl", [other])]
+    path = write_recipe(model=bare_model)
+    whole = json.loads(path.read_text()) | {"dataset": [source(files[place]) for place in order]}
+    path.write_text(json.dumps(whole))
+    recipe = load_recipe(path)
+    tokenizer = load_tokenizer(recipe, locate(recipe))
+    with pytest.raises(RecipeError, match=r"no chat template.*chat_template_path"):
+        load_data(recipe, tokenizer, {2})
+
+
+def test_a_source_without_a_good_row_is_a_problem_and_not_a_crash(load: Callable[..., LoadedData]):
+    mixture = [source(write("a.jsonl", A)), source(write_rows("b.jsonl", [{"messages": []}] * 3), bad_rows="skip")]
+    data = load(mixture)
+    assert ["b.jsonl" in problem["text"] for problem in audit(data, 1, 1)["problems"]] == [True]
+    assert sorted(said(data, data.train())) == A
+
+
+def test_a_weight_of_hundreds_is_streamed_as_often(load: Callable[..., LoadedData]):
+    data = load(source(write("b.jsonl", B), streaming=True, weight=256))
+    assert Counter(said(data, data.train())) == dict.fromkeys(B, 256)
+
+
+def test_two_slices_of_one_file_are_two_sources_to_look_at(load: Callable[..., LoadedData]):
+    write("a.jsonl", A)
+    data = load([source("a.jsonl", split="train[:50%]"), source("a.jsonl", split="train[50%:]")])
+    shown = worst_rows(data, audit(data, 1, 1), 8)
+    assert sorted(row.row for row in shown) == list(range(1, 9))
+    assert [row_of(data, 1).place, row_of(data, 8).place] == ["a.jsonl:1", "a.jsonl:8"]
+
+
+def test_a_slice_counts_only_its_own_odd_and_bad_rows(load: Callable[..., LoadedData]):
+    rows = [row("zero\u200bwidth"), {"messages": []}] * 50
+    write_rows("a.jsonl", rows)
+    report = audit(load(source("a.jsonl", split="train[:10]", bad_rows="skip")), 1, 1)
+    assert report["odd_characters"] == {"zero_width": 5}
+    assert report["bad_row_kinds"] == {"empty": 5} and report["rows"] == 10
+
+
+def test_columns_that_are_mapped_win_over_other_columns_of_the_row(load: Callable[..., LoadedData]):
+    write_rows("a.jsonl", [{**row("alpha"), "q": "say it", "a": "beta"}])
+    data = load(source("a.jsonl", columns={"prompt": "q", "completion": "a"}))
+    assert said(data, data.train()) == ["beta"]
+    with pytest.raises(DataError, match=r"`prompt` has no effect: rows in the format `messages`"):
+        load(source("a.jsonl", format="messages", columns={"prompt": "q"}))
+    with pytest.raises(DataError, match="`dataset_text_field` has no effect"):
+        load(source("a.jsonl"), dataset_text_field="nowhere")
+
+
+def test_an_optional_column_may_come_late(load: Callable[..., LoadedData], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lora_recipes.data.readers.CHUNK_BYTES", 100)
+    rows = [{"q": "say it", "a": text} for text in A] + [{"q": "say it", "a": "last", "sys": "be brief"}]
+    columns = {"prompt": "q", "completion": "a", "system": "sys"}
+    data = load(source(write_rows("a.jsonl", rows), columns=columns))
+    whole = data.sources[0].masker.tokenizer.decode(data.train()[8]["input_ids"])
+    assert whole.startswith("<|im_start|>system\nbe brief")
+
+
+def test_data_files_of_a_folder_are_the_ones_that_are_read(load: Callable[..., LoadedData]):
+    Path("folder").mkdir()
+    write("folder/train.jsonl", A)
+    write("folder/one.jsonl", ["only"])
+    keys = {"path": "folder", "data_files": {"train": "one.jsonl"}}
+    data = load(keys)
+    assert said(data, data.train()) == ["only"]
+    with pytest.raises(DataError, match="`name` has no effect"):
+        load({"path": "folder", "name": "x"})
+
+
+def test_rows_cut_to_nothing_count_as_left_out(load: Callable[..., LoadedData]):
+    long = {"messages": [{"role": "user", "content": "word " * 40}, {"role": "assistant", "content": "yes"}]}
+    write_rows("a.jsonl", [row("yes"), long])
+    keys = {"truncation": "keep_start", "bad_rows": "skip", "max_bad_fraction": 0.1}
+    report = audit(load(source("a.jsonl", **keys), max_length=40), 1, 1)
+    assert [problem["kind"] for problem in report["problems"]] == ["max_bad_fraction"]
+    assert report["lengths"]["max"] > 40  # the histogram shows what is too long
+
+
+@pytest.mark.parametrize("weight", [1, 2])
+def test_every_source_has_its_own_counts(load: Callable[..., LoadedData], weight: int):
+    report = audit(load([source(write("a.jsonl", A)), source(write("b.jsonl", [*B, *B]), weight=weight)]), 1, 1)
+    assert [part["duplicates"] for part in report["sources"]] == [0, 4]
+    assert [part["lengths"]["max"] for part in report["sources"]] and report["duplicates"] == 4
+
+
+def test_a_tool_call_is_asked_for_but_not_scored(load: Callable[..., LoadedData], workdir: Path):
+    (workdir / "tools.jinja").write_text(
+        "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function | tojson }}{% endfor %}{{ '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+    rows = [{"messages": [{"role": "user", "content": f"add {n}"}, call], "tools": [{"name": "add"}]} for n in range(4)]
+    data = load(source(write_rows("a.jsonl", rows), eval_split=0.25), chat_template_path="tools.jinja")
+    assert [question.expected for question in questions(data)] == [None]

@@ -18,6 +18,7 @@ from lora_recipes.data.check import Checking, check_data
 from lora_recipes.data.files import Source, sources
 from lora_recipes.data.formats import BadRow, RowSettings
 from lora_recipes.data.forms import settings_of
+from lora_recipes.data.problems import problem_of
 from lora_recipes.data.readers import read_split, rows_of
 from lora_recipes.errors import DataError, MachineError
 from lora_recipes.recipe import Recipe, load_recipe
@@ -242,6 +243,73 @@ def test_a_line_without_end_is_refused_before_memory_is_full(on: Recipes, monkey
         read(on("a.json"))
 
 
+# -- rows that JSON itself lets through --------------------------------------------------------------------------------
+
+
+def nested(levels: int) -> str:
+    return '{"prompt": "q", "completion": "a", "more": ' + "[" * levels + "]" * levels + "}"
+
+
+@pytest.mark.parametrize("levels", [400, 700])
+def test_a_row_that_is_nested_deep_is_one_row_in_an_array_as_in_lines(
+    on: Recipes, monkeypatch: pytest.MonkeyPatch, levels: int
+):
+    plain = [json.dumps(conversation(number)) for number in range(20)]
+    plain[7] = nested(levels)
+    Path("a.jsonl").write_text("\n".join(plain))
+    Path("a.json").write_text("[" + ",\n".join(plain) + "]")
+    monkeypatch.setattr(scan, "SMALL", 0)
+    monkeypatch.setattr(readers, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 200)
+    expected = [problem for _, (_, problems) in scanned(on("a.jsonl"), 2) for problem in problems]
+    for processes in (1, 2):
+        found = scanned(on("a.json"), processes)
+        assert sum(count for _, (count, _) in found) == 20
+        problems = [problem for _, (_, problems) in found for problem in problems]
+        assert [(problem.number, problem.kind) for problem in problems] == [
+            (problem.number, problem.kind) for problem in expected
+        ]
+
+
+@pytest.mark.parametrize(
+    ("row", "key"),
+    [
+        ('{"prompt": "a", "completion": "b", "prompt": "c"}', "prompt"),
+        ('{"prompt" : "a", "prompt"\t:{"prompt": "c"}}', "prompt"),
+        ('{"问题": 1, "b": {"问题": 1}, "问题": 2}', "问题"),
+        (r'{"\u95ee": 1, "\u95ee": 2}', "问"),
+        (r'{"a\"b": 1, "a\"b": 2}', 'a"b'),
+        ('{"": 1, "": 2}', ""),
+    ],
+)
+def test_a_key_that_a_row_has_twice_is_a_broken_row(on: Recipes, row: str, key: str):
+    good = '{"prompt": "a \\"prompt\\": b", "more": {"prompt": ["prompt", {"more": "prompt"}]}, "\\u95ee": "\\u95ee"}'
+    Path("a.jsonl").write_text(f"{good}\n{row}\n{good}\n", encoding="utf-8")
+    Path("a.json").write_text(f"[{good},\n{row},\n{good}]\n", encoding="utf-8")
+    for name in ("a.jsonl", "a.json"):
+        first, bad, last = rows(on(name))
+        assert first == last == json.loads(good)
+        assert isinstance(bad, BadRow) and bad.kind == "broken_json" and bad.raw == row
+        assert bad.message == f"broken JSON: has the key `{key}` twice"
+
+
+def test_what_is_said_of_a_row_holds_nothing_that_a_terminal_obeys():
+    chunk = readers.Chunk("a.jsonl", "line")
+    bad = BadRow(
+        "unknown_role", "messages[0].\x1b[2J", "role \x9b31m\r\n\u202e\u2028\ud800 中文 👨‍👩‍👧 \u3000 is unknown"
+    )
+    problem = problem_of(bad, 0, 1, chunk)
+    assert problem.field == r"messages[0].\x1b[2J"
+    assert problem.message == r"role \x9b31m\r\n\u202e\u2028\ud800 中文 👨‍👩‍👧 " + "\u3000 is unknown"
+
+
+@pytest.mark.parametrize("content", [b'text,b\nok,1\n"begun,2\nmore,3\n', b'text,b\n"a"b,1\n'])
+def test_a_csv_row_after_which_no_row_can_be_told_apart_says_that_skipping_is_no_help(on: Recipes, content: bytes):
+    Path("a.csv").write_bytes(content)
+    with pytest.raises(DataError, match=r"^a\.csv:[23]: .*; mend it: .*told apart.*`bad_rows: skip` cannot skip it"):
+        rows(on("a.csv", "csv", bad_rows="skip"))
+
+
 # -- which files ------------------------------------------------------------------------------------------------------
 
 PARTS = [[{"text": f"{part} {number}"} for number in range(3)] for part in range(3)]
@@ -396,7 +464,7 @@ def test_only_the_rows_of_a_slice_count(on: Recipes):
 
 def scanned(recipe: Recipe, processes: int) -> list[Any]:
     source = source_of(recipe)
-    settings, _ = settings_of(source)
+    settings = settings_of(source)
     return [(chunk.first, done) for chunk, done in scan.scan(source, "train", Checking(settings), processes)]
 
 

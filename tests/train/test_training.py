@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_recipes.cli import main
 from lora_recipes.data.load import load_data
 from lora_recipes.errors import MachineError, RefusedError, RunError
 from lora_recipes.model.adapted import attach_adapter
@@ -235,6 +236,14 @@ def test_a_stream_is_not_resumed_in_its_second_pass(write_recipe: Callable[..., 
     assert "second pass" in capsys.readouterr().err
 
 
+def test_a_stream_with_accumulation_makes_one_pass_at_most(
+    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture
+):
+    keys = {"max_steps": 4, "gradient_accumulation_steps": 2}  # 8 rows a step, of 24
+    assert launch(str(write_recipe(dataset={"streaming": True}, training=keys)), []) == 2
+    assert "training.max_steps=3" in capsys.readouterr().err
+
+
 def cut_off(run_dir: RunDir) -> None:
     """As if killed after the last checkpoint and before the adapter was published."""
     shutil.rmtree(run_dir.adapter)
@@ -276,6 +285,48 @@ def test_resuming_on_changed_data_is_refused(write_recipe: Callable[..., Path], 
     lines = (workdir / "mine.jsonl").read_text().splitlines()
     (workdir / "mine.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     assert launch(str(path), [], resume=True) == 2
+
+
+def test_resuming_with_another_file_under_a_pattern_is_refused(
+    write_recipe: Callable[..., Path], tiny_data: dict, workdir: Path, capsys: pytest.CaptureFixture
+):
+    shutil.copy(tiny_data["train"], workdir / "part-1.jsonl")
+    dataset = {"data_files": {"train": "part-*.jsonl"}, "eval_split": None}
+    path = write_recipe(dataset=dataset, training={"save_strategy": "steps", "save_steps": 1})
+    assert launch(str(path), []) == 0
+    cut_off(RunDir.of("tiny"))
+    shutil.copy(tiny_data["heldout"], workdir / "part-2.jsonl")
+    assert launch(str(path), [], resume=True) == 2
+    assert "part-2.jsonl: the file is new" in capsys.readouterr().err
+
+
+def test_resuming_with_another_template_of_the_model_is_refused(
+    write_recipe: Callable[..., Path], tiny_model: Path, workdir: Path, capsys: pytest.CaptureFixture
+):
+    shutil.copytree(tiny_model, workdir / "m")
+    keys = {"model": {"pretrained_model_name_or_path": "m"}, "training": {"save_strategy": "steps", "save_steps": 1}}
+    path = write_recipe(**keys)
+    assert launch(str(path), []) == 0
+    cut_off(RunDir.of("tiny"))
+    template = workdir / "m" / "chat_template.jinja"
+    template.write_text("{# changed #}" + template.read_text())
+    assert launch(str(path), [], resume=True) == 2
+    assert "other tokens in dataset" in capsys.readouterr().err
+
+
+def test_a_share_that_was_trained_on_is_not_scored(write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture):
+    path = write_recipe(dataset={"eval_split": 0.2})
+    assert launch(str(path), []) == 0
+    assert main(["generate", str(path), "training.seed=7"]) == 2
+    assert "rows that were trained on would be asked" in capsys.readouterr().err
+
+
+def test_an_audit_of_a_trained_run_leaves_its_evidence(write_recipe: Callable[..., Path]):
+    path = write_recipe()
+    assert launch(str(path), []) == 0
+    kept = RunDir.of("tiny").audit.read_text()
+    assert main(["audit", str(path), "dataset.split=train[:4]"]) == 0
+    assert RunDir.of("tiny").audit.read_text() == kept and read_json(RunDir.of("tiny").audit)["rows"] == 24
 
 
 def test_a_checkpoint_without_optimizer_or_with_nan_is_not_resumed(
