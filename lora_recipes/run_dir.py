@@ -18,7 +18,7 @@ from weakref import WeakSet
 from lora_recipes.errors import MachineError, RunError
 
 OUTPUTS = Path("outputs")  # relative to the working folder, like every path a recipe names
-READABLE, PRIVATE = 0o666, 0o600  # modes of files, of which the umask takes its share
+READABLE = 0o666  # mode of files, of which the umask takes its share
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,11 @@ def printable(text: str) -> str:
 
 
 def excerpt_of(row: Any) -> str:
-    """The row as rejected.jsonl repeats it."""
-    text = row.raw if isinstance(row, BadRow) else json.dumps(row, ensure_ascii=False, default=str)
+    """The row as rejected.jsonl repeats it; "" when it is nested too deep to be written."""
+    try:
+        text = row.raw if isinstance(row, BadRow) else json.dumps(row, ensure_ascii=False, default=str)
+    except RecursionError:
+        return ""
     return text[:RAW].encode("utf-8", "replace").decode("utf-8")
 
 

@@ -99,7 +99,10 @@ def _twice(text: str, row: dict[str, Any]) -> str | None:
     Counting takes a fraction of the time of parsing, so only a row whose text has a key again, perhaps deeper down, is
     parsed in pairs.
     """
-    if all(text.count(f'"{key}"') == 1 for key in row):
+    for key in row:
+        if text.count(f'"{key}"') != 1:
+            break
+    else:
         return None
     names = [name for name, _ in PAIRS.decode(text)]
     return next((name for name in names if names.count(name) > 1), None) if len(names) > len(row) else None

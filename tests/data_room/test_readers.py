@@ -18,7 +18,7 @@ from lora_recipes.data.check import Checking, check_data
 from lora_recipes.data.files import Source, sources
 from lora_recipes.data.formats import BadRow, RowSettings
 from lora_recipes.data.forms import settings_of
-from lora_recipes.data.problems import problem_of
+from lora_recipes.data.problems import excerpt_of, problem_of
 from lora_recipes.data.readers import read_split, rows_of
 from lora_recipes.errors import DataError, MachineError
 from lora_recipes.recipe import Recipe, load_recipe
@@ -301,6 +301,13 @@ def test_what_is_said_of_a_row_holds_nothing_that_a_terminal_obeys():
     problem = problem_of(bad, 0, 1, chunk)
     assert problem.field == r"messages[0].\x1b[2J"
     assert problem.message == r"role \x9b31m\r\n\u202e\u2028\ud800 中文 👨‍👩‍👧 " + "\u3000 is unknown"
+
+
+def test_a_row_that_can_only_just_be_parsed_is_not_repeated():
+    row: Any = {}
+    for _ in range(5000):
+        row = [row]
+    assert excerpt_of({"text": row}) == ""
 
 
 @pytest.mark.parametrize("content", [b'text,b\nok,1\n"begun,2\nmore,3\n', b'text,b\n"a"b,1\n'])
