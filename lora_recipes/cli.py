@@ -13,7 +13,14 @@ from lora_recipes.recipe import InvalidRecipe, Recipe, load_recipe
 
 Result = dict[str, Any]
 # Options that only one verb has a use for.
-ONLY_FOR = {"-n": "preview", "--row": "preview", "--html": "preview", "--resume": "train", "--config_file": "train"}
+ONLY_FOR = {
+    "-n": "preview",
+    "--row": "preview",
+    "--html": "preview",
+    "--resume": "train",
+    "--fit": "train",
+    "--config_file": "train",
+}
 EXIT_CODES = "0 done, 2 recipe or data wrong, 3 machine lacks something, 4 refused, 1 a bug of ours"
 
 
@@ -55,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print exactly one JSON object on stdout")
     parser.add_argument("--resume", action="store_true", help="train: go on from the last complete checkpoint")
+    parser.add_argument(
+        "--fit", action="store_true", help="train: smaller micro-batches when memory runs out, see README"
+    )
     parser.add_argument("--config_file", help="train: an accelerate config, such as accelerate_configs/cpu.yaml")
     parser.add_argument("-n", type=_count, metavar="N", help="preview: how many rows (5)")
     parser.add_argument("--row", type=_count, metavar="K", help="preview: the training row with this number, from 1")
@@ -169,7 +179,7 @@ def train(args: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     command += ["--config_file", args.config_file] if args.config_file else []
     command += ["--module", "lora_recipes.train", args.recipe, *args.words]
-    command += [flag for flag, given in (("--resume", args.resume), ("--debug", args.debug)) if given]
+    command += [flag for flag in ("--resume", "--fit", "--debug") if getattr(args, flag[2:])]
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "outcome.json"
         ended = subprocess.run(command, check=False, env=os.environ | {OUTCOME_FILE: str(told)}, stdout=sys.stderr)

@@ -52,9 +52,15 @@ OUT_OF_MEMORY = (
 )
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or here."""
+    by_name = type(error).__name__ == "OutOfMemoryError"  # torch's; it is not imported here
+    return by_name or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def machine_fault(error: BaseException) -> MachineError | None:
     """The MachineError for a full disk, a missing permission or memory that ran out; None for anything else."""
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):  # torch is not imported here
+    if out_of_memory(error):
         return MachineError(f"out of memory: {error}\n{OUT_OF_MEMORY}")
     if isinstance(error, OSError) and error.errno in (
         errno.ENOSPC,

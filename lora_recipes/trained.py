@@ -80,12 +80,22 @@ def _changed(recipe: Recipe, run_dir: RunDir, sections: tuple[str, ...]) -> str:
         return ""
     old = _flat({name: load_recipe(run_dir.recipe).section(name) for name in sections})
     new = _flat({name: recipe.section(name) for name in sections})
+    for values in (old, new):
+        _join_batch(values)
     absent = "unset"
     return "\n".join(
         f"  {key}: {old.get(key, absent)} then, {new.get(key, absent)} now ({recipe.where(key)})"
         for key in sorted(old.keys() | new.keys())
         if old.get(key, absent) != new.get(key, absent)
     )
+
+
+def _join_batch(values: dict[str, Any]) -> None:
+    """Rows of a step are what was asked for; how they are cut into micro-batches follows the memory (`--fit`)."""
+    keys = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
+    if any(key in values for key in keys):
+        device, accumulation = (values.pop(key, default) for key, default in zip(keys, (8, 1), strict=True))
+        values[" x ".join(keys)] = device * accumulation
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

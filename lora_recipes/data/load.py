@@ -94,6 +94,19 @@ class LoadedData:
             return datasets.concatenate_datasets([self._rows(rows, part, part.indices) for rows, part in held])
         return datasets.concatenate_datasets([self._cut(part, part.indices) for _, part in held])
 
+    def longest(self, count: int) -> list[dict[str, list[int]]]:
+        """The longest training rows, cut as they are trained; [] for a stream, whose rows lie nowhere."""
+        if self.streams:
+            return []
+        found = [
+            (int(length), rows.train, int(index))
+            for rows in self.sources
+            for index, length in _longest(rows.train, count)
+        ]
+        best = sorted(found, key=lambda entry: -entry[0])[:count]
+        picked = [part.prepared.tokens[index] for _, part, index in best]  # type: ignore[index]
+        return [{name: row[name][: self.limit] for name in TOKENS} for row in picked]
+
     def keys(self) -> dict[str, str]:
         """Split → hash of its content, template, tokenizer and settings; "" for a stream that is not pinned."""
         return {
@@ -193,6 +206,13 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, end_ids: set[i
             heldout, everything = _part(train, everything[out], source, limit), everything[~out]
         loaded.sources.append(SourceRows(source, masker, template, _part(train, everything, source, limit), heldout))
     return loaded
+
+
+def _longest(part: UsedRows, count: int) -> list[tuple[int, int]]:
+    """(index, length) of the longest used rows."""
+    lengths = part.stat("length")
+    order = numpy.argsort(-lengths, kind="stable")[:count]
+    return list(zip(part.indices[order].tolist(), lengths[order].tolist(), strict=True))
 
 
 def _limit(recipe: Recipe) -> int | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_recipes import process
-from lora_recipes.errors import EXIT_BUG, EXIT_DONE, LoraRecipesError, machine_fault
+from lora_recipes.errors import EXIT_BUG, EXIT_DONE, LoraRecipesError, RunError, machine_fault
 from lora_recipes.recipe import Recipe, load_recipe
 from lora_recipes.run_dir import RunDir, read_json, write_json
 
@@ -24,19 +24,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipe", help="a file in recipes/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
     parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
+    parser.add_argument(
+        "--fit",
+        action="store_true",
+        help="when memory runs out, go on with smaller micro-batches and the same rows a step",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_intermixed_args(arguments)
-    return launch(args.recipe, args.overrides, resume=args.resume, debug=args.debug)
+    return launch(args.recipe, args.overrides, resume=args.resume, fit=args.fit, debug=args.debug)
 
 
-def launch(recipe_path: str, overrides: list[str], *, resume: bool = False, debug: bool = False) -> int:
-    """Train a recipe and return the exit code; a failure of a run that had begun is in status.json too."""
+def launch(
+    recipe_path: str, overrides: list[str], *, resume: bool = False, fit: bool = False, debug: bool = False
+) -> int:
+    """Train a recipe and return the exit code; a failure of a run that had begun is in status.json too.
+
+    Args:
+        fit: when memory runs out, try again with smaller micro-batches and the same rows a step.
+    """
     process.prepare()
     from lora_recipes import console
 
     recipe, ready = None, None
     try:
         recipe = load_recipe(recipe_path, overrides)
+        if fit:
+            require_one_process()
         # Imports in the order of their cost: bad rows are told before torch is imported, and a machine that lacks
         # something before TRL is (6 s).
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -50,7 +63,12 @@ def launch(recipe_path: str, overrides: list[str], *, resume: bool = False, debu
             return _ended(EXIT_DONE, "")
         from lora_recipes.train.session import train
 
-        train(recipe, ready, resume=resume)
+        if fit:
+            from lora_recipes.train.memory import fitted
+
+            fitted(recipe, ready, resume, overrides, train)
+        else:
+            train(recipe, ready, resume)
         return _ended(EXIT_DONE, "")
     except (LoraRecipesError, MemoryError, OSError, RuntimeError) as error:
         known = error if isinstance(error, LoraRecipesError) else machine_fault(error)
@@ -70,6 +88,12 @@ def launch(recipe_path: str, overrides: list[str], *, resume: bool = False, debu
     finally:
         if ready is not None and ready.lock is not None:
             ready.lock.release()
+
+
+def require_one_process() -> None:
+    """Raises RunError where `--fit` cannot work: a rank that ran out of memory has left the others waiting."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError("--fit works in one process only; with several set training.per_device_train_batch_size by hand")
 
 
 def _ended(exit_code: int, message: str) -> int:

@@ -13,7 +13,7 @@ from trl import SFTConfig
 from lora_recipes import console
 from lora_recipes.data.audit import audit, require_sound, write_evidence
 from lora_recipes.data.load import LoadedData, load_data
-from lora_recipes.errors import MachineError, RecipeError, RefusedError, RunError
+from lora_recipes.errors import MachineError, RecipeError, RefusedError, RunError, out_of_memory
 from lora_recipes.model.adapted import check_adapter
 from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer, model_config, refusals_of
 from lora_recipes.model.machine import Choices
@@ -22,7 +22,9 @@ from lora_recipes.model.targets import Targets, find_targets
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir, published, staging_of, write_json, write_text
 from lora_recipes.train.describe import describe
+from lora_recipes.train.memory import explained
 from lora_recipes.train.preflight import Ready, data_hashes
+from lora_recipes.train.probe import LongestFirst
 from lora_recipes.train.record import RecordCallback, write_manifest, write_status
 from lora_recipes.train.trainer import RecipeTrainer, build_trainer, training_arguments
 from lora_recipes.trained import require_same_tokens
@@ -41,7 +43,7 @@ RECURRENT_FIELDS = (
 CPU_PARAMETERS = 1_500_000_000
 
 
-def train(recipe: Recipe, ready: Ready, *, resume: bool) -> None:
+def train(recipe: Recipe, ready: Ready, resume: bool) -> None:
     """Train the recipe's adapter and publish it as `outputs/<name>/adapter`.
 
     Args:
@@ -76,7 +78,13 @@ def train(recipe: Recipe, ready: Ready, *, resume: bool) -> None:
         describe(choices, trainer, data, report)
         _open_run(recipe, run_dir, source, choices, trainer, tokenizer, data, report, last)
     ready.opened = True
-    _run(trainer, last)
+    trainer.add_callback(LongestFirst(trainer, data))
+    try:
+        _run(trainer, last)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise explained(error, recipe, trainer.batch_shape, trainer.state.global_step) from None
     _publish(trainer, run_dir, recipe, source)
 
 

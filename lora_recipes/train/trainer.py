@@ -19,7 +19,13 @@ CONSUMED = ("assistant_only_loss", "completion_only_loss", "dataset_text_field",
 
 
 class RecipeTrainer(SFTTrainer):
-    """SFTTrainer, with a loss that on a CPU scores no masked position."""
+    """SFTTrainer, with a loss that on a CPU scores no masked position. `batch_shape` is that of the last micro-batch."""
+
+    batch_shape: tuple[int, ...] | None = None
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        self.batch_shape = tuple(inputs["input_ids"].shape)
+        return super()._prepare_inputs(inputs)
 
     def compute_loss(
         self,

@@ -1,0 +1,140 @@
+"""Memory that runs out: found before the first step, said with the batch and the plan, answered by `--fit`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_recipes.cli import main
+from lora_recipes.recipe import load_recipe
+from lora_recipes.run_dir import RunDir, read_json, read_jsonl
+from lora_recipes.train import launch
+from lora_recipes.train.memory import smaller_batch
+from lora_recipes.train.probe import LongestFirst
+from lora_recipes.train.trainer import RecipeTrainer
+
+
+@pytest.fixture
+def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[int, int]]]:
+    """A device that holds so many tokens of a micro-batch, from a step on; returns the shapes that it was given."""
+
+    def build(tokens: int, from_step: int = 0) -> list[tuple[int, int]]:
+        real = RecipeTrainer.compute_loss
+        shapes: list[tuple[int, int]] = []
+
+        def compute_loss(
+            self: RecipeTrainer, model: Any, inputs: dict[str, torch.Tensor], *more: Any, **named: Any
+        ) -> Any:
+            shapes.append(tuple(inputs["input_ids"].shape))
+            if inputs["input_ids"].numel() > tokens and self.state.global_step >= from_step:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return real(self, model, inputs, *more, **named)
+
+        monkeypatch.setattr(RecipeTrainer, "compute_loss", compute_loss)
+        return shapes
+
+    return build
+
+
+def adapter(name: str) -> bytes:
+    return (RunDir.of(name).adapter / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def late_long_row(workdir: Path) -> dict[str, Any]:
+    """A `dataset` whose one long row comes last."""
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
+    long = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes no " * 18}]}
+    (workdir / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in [row] * 60 + [long]))
+    return {"data_files": {"train": "rows.jsonl"}, "eval_split": None}
+
+
+def test_what_does_not_fit_fails_before_the_first_step_with_one_message(
+    write_recipe: Callable[..., Path], late_long_row: dict, limit: Callable, capsys: pytest.CaptureFixture
+):
+    limit(200)
+    assert launch(str(write_recipe(dataset=late_long_row, training={"max_steps": 1})), []) == 3
+    said = capsys.readouterr().err
+    assert "out of memory in step 1, on a batch of 4 rows x" in said and "Traceback" not in said
+    for way_out in ("per_device_train_batch_size=2", "gradient_accumulation_steps=2", "--fit"):
+        assert way_out in said
+    status = read_json(RunDir.of("tiny").status)
+    assert status["state"] == "failed" and status["exit_code"] == 3
+
+
+def test_the_probe_changes_nothing_of_the_run(write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
+    keys: dict[str, Any] = {"lora": {"lora_dropout": 0.1}}
+    assert launch(str(write_recipe("probed", **keys)), []) == 0
+    monkeypatch.setattr(LongestFirst, "on_step_begin", lambda *_, **__: None)
+    assert launch(str(write_recipe("bare", **keys)), []) == 0
+    assert adapter("probed") == adapter("bare")
+    lines = [
+        [
+            {
+                key: value
+                for key, value in line.items()
+                if key != "seconds" and "runtime" not in key and "per_second" not in key
+            }
+        ]
+        for name in ("probed", "bare")
+        for line in [read_jsonl(RunDir.of(name).metrics)[0]]
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_the_probe_takes_the_longest_rows(write_recipe: Callable[..., Path], late_long_row: dict, limit: Callable):
+    shapes = limit(10**9)
+    assert launch(str(write_recipe(dataset=late_long_row)), []) == 0
+    assert shapes[0] == max(shapes, key=lambda shape: shape[1])
+
+
+@pytest.mark.parametrize("from_step", [0, 3], ids=["at the first step", "after a checkpoint"])
+def test_fit_halves_the_micro_batch_and_keeps_the_rows_of_a_step(
+    write_recipe: Callable[..., Path], limit: Callable, from_step: int, capsys: pytest.CaptureFixture
+):
+    keys = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2}
+    small = write_recipe("small", training=keys | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2})
+    assert launch(str(small), []) == 0
+    limit(350, from_step)
+    path = write_recipe("fitted", training=keys)
+    assert launch(str(path), [], fit=True) == 0
+    said = capsys.readouterr().err
+    assert "--fit: 2 rows at a time x 2 accumulation, 4 rows a step as before" in said
+    assert ("from the last checkpoint" in said) == bool(from_step)
+    status = read_json(RunDir.of("fitted").status)
+    assert status["state"] == "complete" and status["step"] == 5
+    assert status["fitted"] == {"training.per_device_train_batch_size": 2, "training.gradient_accumulation_steps": 2}
+    if not from_step:
+        assert adapter("fitted") == adapter("small")
+    assert launch(str(path), [], resume=True) == 0  # complete, under the recipe as it is written
+
+
+def test_fit_gives_up_at_one_row(write_recipe: Callable[..., Path], limit: Callable, capsys: pytest.CaptureFixture):
+    limit(10)
+    assert launch(str(write_recipe()), [], fit=True) == 3
+    assert capsys.readouterr().err.count("--fit: ") == 2  # 4 rows, 2 rows, 1 row
+
+
+def test_fit_is_for_one_process(write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert launch(str(write_recipe()), [], fit=True) == 2
+    assert "--fit works in one process only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "accumulation", "smaller"),
+    [(4, 4, (2, 8)), (8, 1, (4, 2)), (6, 1, (3, 2)), (5, 1, (1, 5)), (1, 16, None)],
+)
+def test_the_rows_of_a_step_stay_exactly_the_same(
+    write_recipe: Callable[..., Path], device: int, accumulation: int, smaller: tuple[int, int] | None
+):
+    keys = {"per_device_train_batch_size": device, "gradient_accumulation_steps": accumulation}
+    assert smaller_batch(load_recipe(write_recipe(training=keys))) == smaller
+
+
+def test_fit_belongs_to_train(write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture):
+    assert main(["check", str(write_recipe()), "--fit"]) == 2
+    assert "`--fit` belongs to `train`" in capsys.readouterr().err
