@@ -9,7 +9,7 @@ CONFIG ?=
 VERBS := check show plan audit preview generate merge status
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test proofs lint bench-data schema data train new $(VERBS)
+.PHONY: help install install-dev demo test proofs lint bench-data bench-memory table schema data train new $(VERBS)
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z$$][a-zA-Z$$()_-]*:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,12 @@ lint: install-dev  ## ruff and mypy
 
 bench-data: install-dev  ## rows to tokens: ours, the bare tokenizer, SFTTrainer; BENCH="--rows 20000" for a quick look
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/data_preparation.py $(BENCH)
+
+bench-memory: install-dev  ## peak memory as planned and as it is, into docs/plan.md (about 15 minutes); BENCH="--only 0 3"
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory.py --write $(BENCH)
+
+table: install  ## plan every recipe against common cards, into README and docs (about 5 minutes)
+	HF_HUB_OFFLINE=1 $(BIN)/lora-recipes plan --table
 
 schema: install  ## write lora_recipes/recipe/schema.json from the installed libraries
 	$(BIN)/python -m lora_recipes.introspect

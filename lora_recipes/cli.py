@@ -12,14 +12,19 @@ from lora_recipes.errors import EXIT_DONE, EXIT_USER, LoraRecipesError, RunError
 from lora_recipes.recipe import InvalidRecipe, Recipe, load_recipe
 
 Result = dict[str, Any]
-# Options that only one verb has a use for.
+# Options that only some verbs have a use for.
 ONLY_FOR = {
     "-n": "preview",
     "--row": "preview",
     "--html": "preview",
     "--resume": "train",
     "--fit": "train",
-    "--config_file": "train",
+    "--config_file": "train plan",
+    "--gpu": "plan",
+    "--gpus": "plan",
+    "--tflops": "plan",
+    "--table": "plan",
+    "--apply": "plan",
 }
 EXIT_CODES = "0 done, 2 recipe or data wrong, 3 machine lacks something, 4 refused, 1 a bug of ours"
 
@@ -65,7 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--fit", action="store_true", help="train: smaller micro-batches when memory runs out, see README"
     )
-    parser.add_argument("--config_file", help="train: an accelerate config, such as accelerate_configs/cpu.yaml")
+    parser.add_argument("--config_file", help="train, plan: an accelerate config, such as accelerate_configs/cpu.yaml")
+    parser.add_argument("--gpu", help="plan: for this card, such as rtx4090, a100-80 or 24GiB; unset: this machine")
+    parser.add_argument("--gpus", type=_count, metavar="N", help="plan: how many of them share the run")
+    parser.add_argument("--tflops", type=_rate, metavar="T", help="plan: 1e12 operations a second that one reaches")
+    parser.add_argument("--apply", metavar="NAME", help="plan: write what it suggests as a recipe of that name")
+    parser.add_argument("--table", action="store_true", help="plan: all recipes against common cards, into the docs")
     parser.add_argument("-n", type=_count, metavar="N", help="preview: how many rows (5)")
     parser.add_argument("--row", type=_count, metavar="K", help="preview: the training row with this number, from 1")
     parser.add_argument("--html", action="store_true", help="preview: also write the rows to outputs/NAME/preview.html")
@@ -80,10 +90,21 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _rate(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise argparse.ArgumentTypeError(f"a number above 0, found {text!r}")
+    return found
+
+
 def _require_own_options(args: argparse.Namespace) -> None:
-    for option, verb in ONLY_FOR.items():
-        if getattr(args, option.lstrip("-")) not in (None, False) and args.verb != verb:
-            raise RunError(f"`{option}` belongs to `{verb}` and has no meaning for `{args.verb}`; leave it out")
+    for option, verbs in ONLY_FOR.items():
+        if getattr(args, option.lstrip("-")) not in (None, False) and args.verb not in verbs.split():
+            owners = " and ".join(f"`{verb}`" for verb in verbs.split())
+            raise RunError(f"`{option}` belongs to {owners} and has no meaning for `{args.verb}`; leave it out")
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
@@ -192,15 +213,33 @@ def train(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> int:
-    """parameters it trains and the memory that takes for certain, before any weight is loaded"""
+    """whether it fits, what to change, how long it takes; before any weight is loaded"""
+    if args.table:
+        return _plan_table(args)
     recipe = _recipe(args)
     from lora_recipes import console
     from lora_recipes.plan import plan as run
+    from lora_recipes.plan import settings_to_apply, target_of
+    from lora_recipes.recipe.scaffold import new_recipe
 
-    found = run(recipe)
+    found = run(recipe, target_of(args.gpu, args.gpus, args.config_file), teraflops=args.tflops)
+    if args.apply:
+        found["applied"] = str(new_recipe(recipe.path, args.apply, [*args.words, *settings_to_apply(found)]))
     _emit(args, found)
     if not args.json:
         console.plan(recipe.name, found)
+    return EXIT_DONE
+
+
+def _plan_table(args: argparse.Namespace) -> int:
+    if args.recipe is not None:
+        raise RunError("`plan --table` plans every recipe in recipes/; leave the recipe out")
+    from lora_recipes.plan.table import write_tables
+
+    written = [str(file) for file in write_tables()]
+    _emit(args, {"written": written})
+    if not args.json:
+        sys.stderr.write(f"wrote {', '.join(written)}\n")
     return EXIT_DONE
 
 

@@ -213,18 +213,79 @@ def status(name: str, found: dict[str, Any]) -> None:
 
 
 def plan(name: str, found: dict[str, Any]) -> None:
-    """What a recipe trains and what that needs for certain."""
-    gib = 2**30
-    parts = found["memory"]["parts"]
+    """What a recipe trains, needs and takes, and what to change when it does not fit."""
+    memory, target, step = found["memory"], found["target"], found["micro_batch"]
+    on = target["name"] if target["gpus"] == 1 else f"{target['gpus']} x {target['name']}, {target['sharding']}"
+    trained = f"{found['trainable']:,} trainable of {found['all']:,} ({found['trainable_percent']:.4f} %)"
+    rows = f"{step['rows']} rows x {step['length']:,} tokens, x {step['accumulation']} accumulation"
     facts(
-        name,
+        f"{name} on {on}",
         [
-            (
-                "parameters",
-                f"{found['trainable']:,} trainable of {found['all']:,} ({found['trainable_percent']:.4f} %)",
-            ),
-            ("adapted", ", ".join(f"{count} x {module}" for module, count in found["hits"].items())),
-            *((part.replace("_", " "), f"{size / gib:.2f} GiB") for part, size in parts.items()),
-            ("at least", f"{found['memory']['low'] / gib:.2f} GiB, and activations and logits on top"),
+            ("parameters", trained),
+            ("adapted", ", ".join(f"{count} x {module}" for module, count in found["hits"].items()) or "everything"),
+            ("micro-batch", rows),
         ],
     )
+    parts = [[part.replace("_", " "), gib(size)] for part, size in memory["parts"].items() if size]
+    table("Peak memory of a device", ["part", "GiB"], [*parts, ["expected", gib(memory["expected"])]], lines=False)
+    verdict = "fits" if found["fits"] else "tight: what is expected fits, what it may come to does not"
+    if not found["fits"] and not found["tight"]:
+        verdict = "does not fit"
+    said = [
+        ("certain", f"{gib(memory['low'])} GiB, whatever the rows are"),
+        ("may come to", f"{gib(memory['high'])} GiB"),
+        ("verdict", f"{verdict} in {gib(target['memory'])} GiB"),
+    ]
+    if "max_micro_batch" in found:
+        said.append(("largest micro-batch", f"{found['max_micro_batch']} rows of {step['length']:,} tokens"))
+    if found["required"]:
+        said.append(("needed here", _settings(found["required"])))
+    facts("Does it fit?", said)
+    if not target["measured"]:
+        say("CUDA context, fragmentation and kernels are not measured but assumed: see docs/plan.md.", "yellow")
+    for limit in found["extrapolated"]:
+        say(f"extrapolated: {limit}", "yellow")
+    for note in found.get("notes", []):
+        say(f"note: {note}", "yellow")
+    for suggestion in found.get("suggestions", []):
+        fits = "fits" if suggestion["fits"] else "not yet enough"
+        say(f"{_settings(suggestion['settings'])}", "bold")
+        say(f"  expected {gib(suggestion['expected'])} GiB, {fits}; it costs {suggestion['costs']}")
+    if "cost" in found:
+        _cost(found["cost"])
+    if "applied" in found:
+        say(f"wrote {found['applied']}", "bold")
+
+
+def _cost(cost: dict[str, Any]) -> None:
+    unknown = "not known before the rows are counted: lora-recipes audit"
+    time = "not known" if cost["seconds"] is None else duration(cost["seconds"])
+    rate = cost["rate_is"] if cost["rate"] is None else f"at {cost['rate']:.3g} TFLOP/s, {cost['rate_is']}"
+    disk = cost["disk"]
+    facts(
+        "What it takes",
+        [
+            ("steps", unknown if cost["steps"] is None else f"{cost['steps']:,}"),
+            ("tokens", unknown if cost["tokens"] is None else f"{cost['tokens']:,} ({cost['tokens_are']})"),
+            ("computation", unknown if cost["flops"] is None else f"{cost['flops']:.2e} operations"),
+            ("time", f"{time} ({rate})"),
+            ("disk", f"{gib(disk['checkpoints'])} GiB of checkpoints, {gib(disk['merged'])} GiB merged"),
+        ],
+    )
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    return " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB."""
+    return f"{size / 2**30:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

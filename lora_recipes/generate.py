@@ -27,10 +27,10 @@ def generate(recipe: Recipe) -> dict[str, Any]:
         `score.summary` of the answers.
 
     Raises:
-        RunError: no trained adapter, or nothing to ask.
+        RunError: nothing trained yet, or nothing to ask.
     """
     run_dir = RunDir.of(recipe.name)
-    run_dir.require_adapter(recipe.path)
+    _require_trained(recipe, run_dir)
     require_same_adapter(recipe, run_dir)
     run_dir.require_writable()
     choices = choose(recipe, training=False)
@@ -50,10 +50,14 @@ def generate(recipe: Recipe) -> dict[str, Any]:
         return answer(model, tokenizer, [question.input_ids for question in asked], *settings)
 
     given: dict[str, list[Answer]] = {}
-    model = attach_adapter(load_base(recipe, source, choices), run_dir.adapter)
-    with model.disable_adapter():
-        given["base"] = answers(model, "base")
-    given["adapter"] = answers(model, "adapter")
+    model = load_base(recipe, source, choices)
+    if recipe.get("lora"):
+        model = attach_adapter(model, run_dir.adapter)
+        with model.disable_adapter():
+            given["base"] = answers(model, "base")
+        given["adapter"] = answers(model, "adapter")
+    else:  # full fine-tuning: the trained model is `merged/`
+        given["base"] = answers(model.eval(), "base")
     del model
     if run_dir.merged.is_dir():
         given["merged"] = answers(load_merged(run_dir.merged, recipe, choices), "merged")
@@ -61,6 +65,15 @@ def generate(recipe: Recipe) -> dict[str, Any]:
     write_jsonl(run_dir.generations, rows)
     _show(rows, given)
     return summary(rows)
+
+
+def _require_trained(recipe: Recipe, run_dir: RunDir) -> None:
+    if recipe.get("lora"):
+        run_dir.require_adapter(recipe.path)
+    elif not (run_dir.merged / "config.json").is_file():
+        raise RunError(
+            f"{run_dir.merged}: no trained model yet; train it first: accelerate launch run.py {recipe.path}"
+        )
 
 
 def _rows(asked: list[Question], given: dict[str, list[Answer]]) -> list[dict[str, Any]]:

@@ -17,7 +17,14 @@ from lora_recipes.data.questions import Question, questions
 from lora_recipes.errors import RefusedError, RunError
 from lora_recipes.model.adapted import attach_adapter, check_adapter
 from lora_recipes.model.answer import answer, generation_config
-from lora_recipes.model.build import end_token_ids, load_base, load_merged, load_tokenizer, model_config
+from lora_recipes.model.build import (
+    end_token_ids,
+    load_base,
+    load_merged,
+    load_tokenizer,
+    make_servable,
+    model_config,
+)
 from lora_recipes.model.machine import Choices, choose
 from lora_recipes.model.source import Source, locate, materialise
 from lora_recipes.recipe import Recipe
@@ -63,12 +70,17 @@ def merge(recipe: Recipe) -> dict[str, Any]:
         What is written to parity.json.
 
     Raises:
-        RunError: no adapter, or `merged/` exists.
+        RunError: no adapter, `merged/` exists, or there is nothing to merge.
         RefusedError: the base is quantized on disk, the adapter is broken or not finite, or the parity proof fails;
             nothing is published then.
     """
     started = time.monotonic()
     run_dir = RunDir.of(recipe.name)
+    if not recipe.get("lora"):
+        raise RunError(
+            f"{recipe.path}: nothing to merge: without a `lora` section the whole model is trained, and training publishes "
+            f"{run_dir.merged} itself. Next: lora-recipes generate {recipe.path}"
+        )
     run_dir.require_adapter(recipe.path)
     if run_dir.merged.exists():
         raise RunError(f"{run_dir.merged} exists and is left as it is; move or delete it to merge again")
@@ -88,7 +100,7 @@ def merge(recipe: Recipe) -> dict[str, Any]:
         untrained = _logits(model, asked)
     before = _behaviour(model, tokenizer, asked, greedy)
     merged = model.merge_and_unload(safe_merge=True)
-    _make_servable(merged, ends, tokenizer)
+    make_servable(merged, ends, tokenizer)
     dtype = merged.dtype
     with published(run_dir.merged) as staging:
         merged.save_pretrained(staging, **_save_keywords(recipe))
@@ -140,15 +152,6 @@ def _merge_base(recipe: Recipe, source: Source, choices: Choices) -> PreTrainedM
 
 def _save_keywords(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in recipe.section("merge").items() if key not in ("dtype", "base")}
-
-
-def _make_servable(model: PreTrainedModel, ends: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Training switches the cache off and may change the end token; neither is in an adapter folder."""
-    model.config.use_cache = True
-    model.generation_config = GenerationConfig.from_dict(
-        model.generation_config.to_dict()
-        | {"use_cache": True, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
-    )
 
 
 def _parity_questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> list[Question]:

@@ -1,4 +1,4 @@
-"""A trained adapter on its base, with every tensor accounted for."""
+"""A trained adapter on its base, with every tensor accounted for; and whether weights on disk are sound."""
 
 import json
 from pathlib import Path
@@ -34,6 +34,21 @@ def check_adapter(folder: Path) -> set[str]:
     weights = folder / "adapter_model.safetensors"
     try:
         json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RefusedError(f"{weights}: cannot be read: {error}") from None
+    return _check_weights(weights)
+
+
+def check_model(folder: Path) -> set[str]:
+    """The keys of a sound plain model: `check_adapter` for full fine-tuning."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files or not (folder / "config.json").is_file():
+        raise RefusedError(f"{folder}: holds no whole model")
+    return set().union(*(_check_weights(file) for file in files))
+
+
+def _check_weights(weights: Path) -> set[str]:
+    try:
         with safe_open(weights, framework="pt") as tensors:
             names = set(tensors.keys())
             for name in names:

@@ -111,6 +111,8 @@ def quantization_config(section: dict[str, Any]) -> BitsAndBytesConfig | None:
 
 def lora_config(section: dict[str, Any]) -> LoraConfig:
     """The `lora` section as peft.LoraConfig; nested sections become the config classes that PEFT expects."""
+    if section.get("init_lora_weights") == "loftq":  # model.initialise does it: PEFT's own needs a GPU and scipy
+        section = section | {"init_lora_weights": True, "loftq_config": {}}
     hints = typing.get_type_hints(LoraConfig)
     values = {key: _nested(hints[key], value) for key, value in section.items()}
     return LoraConfig(**{"task_type": "CAUSAL_LM", **values})
@@ -159,6 +161,19 @@ def load_merged(folder: Path, recipe: Recipe, choices: Choices) -> PreTrainedMod
         keywords["device_map"] = section.get("device_map", {"": 0})
     with refusals_of(recipe, "merge"):
         return AutoModelForCausalLM.from_pretrained(folder, **keywords).eval()
+
+
+def make_servable(model: PreTrainedModel, ends: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Training switches the cache off and may change the end token; neither is in the weights.
+
+    Args:
+        ends: tokens that end an answer.
+    """
+    model.config.use_cache = True
+    model.generation_config = GenerationConfig.from_dict(
+        model.generation_config.to_dict()
+        | {"use_cache": True, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+    )
 
 
 def keep_canonical_4bit(model: torch.nn.Module) -> None:

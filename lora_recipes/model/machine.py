@@ -1,6 +1,8 @@
 """What this machine has, and what it makes a run choose: dtype, device, optimizer, threads, each with its reason."""
 
+import ctypes
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +10,9 @@ import torch
 
 from lora_recipes.errors import MachineError
 from lora_recipes.recipe import Recipe
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+MMAP_THRESHOLD, TRIM_THRESHOLD = 1 << 20, 64 << 20  # bytes
 
 # bitsandbytes pages optimizer states between GPU and CPU memory; without a GPU there is nothing to page.
 UNPAGED = {
@@ -31,6 +36,14 @@ class Choice:
     why: str
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """A CUDA device, the one that is here or another that a run is planned for."""
+
+    name: str
+    bf16: bool
+
+
 @dataclass
 class Choices:
     """What the recipe asks for, as this machine can do it. `made` is printed before training."""
@@ -46,30 +59,39 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def this_gpu() -> Gpu:
+    """The CUDA device of this machine."""
+    return Gpu(torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False))
+
+
 def on_cpu(recipe: Recipe) -> bool:
     """Whether a run of this recipe computes on the CPU."""
     return bool(recipe.get("training.use_cpu")) or not has_gpu()
 
 
-def choose(recipe: Recipe, *, training: bool = True) -> Choices:
+def choose(recipe: Recipe, *, training: bool = True, gpu: Gpu | None = None) -> Choices:
     """Turn the recipe's wishes into what this machine can do; every difference is in `made`.
 
     Args:
         training: False for the steps after it, which have no training precision to refuse.
+        gpu: choose for this one, whatever this machine has.
 
     Raises:
         MachineError: fp16 training without a GPU, or bf16 on a GPU that lacks it: no fallback keeps what was asked.
     """
-    choices = Choices(recipe.section("training"), recipe.section("quantization"), "cpu" if on_cpu(recipe) else "cuda")
-    if choices.device == "cpu":
+    device = "cpu" if gpu is None and on_cpu(recipe) else "cuda"
+    choices = Choices(recipe.section("training"), recipe.section("quantization"), device)
+    if device == "cpu":
         _choose_for_cpu(recipe, choices, training)
     else:
-        _choose_for_gpu(recipe, choices, training)
+        _choose_for_gpu(recipe, choices, training, gpu or this_gpu())
     return choices
 
 
 def _choose_for_cpu(recipe: Recipe, choices: Choices, to_train: bool) -> None:
     training, asked = choices.training, bool(recipe.get("training.use_cpu"))
+    if to_train:
+        _give_memory_back()
     why = "training.use_cpu is true" if asked else "no GPU is visible"
     choices.made.append(Choice("device", f"cpu, {_use_all_cores()} threads", why))
     training["use_cpu"] = True
@@ -101,9 +123,8 @@ def _choose_for_cpu(recipe: Recipe, choices: Choices, to_train: bool) -> None:
     training.setdefault("dataloader_pin_memory", False)
 
 
-def _choose_for_gpu(recipe: Recipe, choices: Choices, to_train: bool) -> None:
-    name = torch.cuda.get_device_name()
-    choices.made.append(Choice("device", f"cuda ({name})", "a GPU is visible"))
+def _choose_for_gpu(recipe: Recipe, choices: Choices, to_train: bool, gpu: Gpu) -> None:
+    choices.made.append(Choice("device", f"cuda ({gpu.name})", "a GPU is visible"))
     training = choices.training
     if training.get("fp16"):
         training["bf16"] = False
@@ -114,13 +135,25 @@ def _choose_for_gpu(recipe: Recipe, choices: Choices, to_train: bool) -> None:
                 Choice("4-bit compute dtype", "float16 instead of bfloat16", "it follows training.fp16")
             )
     elif training.get("bf16") is not False:  # unset and null mean true to SFTConfig
-        if to_train and not torch.cuda.is_bf16_supported(including_emulation=False):
+        if to_train and not gpu.bf16:
             raise MachineError(
-                f"{recipe.where('training.bf16')}: {name} has no bf16; set training.bf16=false training.fp16=true"
+                f"{recipe.where('training.bf16')}: {gpu.name} has no bf16; set training.bf16=false training.fp16=true"
             )
         choices.made.append(Choice("dtype", "bf16 autocast", "training.bf16 is true and the GPU has it"))
     else:
         choices.made.append(Choice("dtype", "float32", "training.bf16 and training.fp16 are false"))
+
+
+def _give_memory_back() -> None:
+    """Let the C library map large tensors one by one, so that a freed one is gone.
+
+    By itself glibc raises the size from which it maps to 32 MiB as it sees such blocks freed, and keeps smaller ones in a
+    heap full of holes: 1.4 x the live tensors where this leaves 1.07 x (docs/plan.md). Other C libraries are left alone.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+        mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
 
 
 def _use_all_cores() -> int:

@@ -2,25 +2,37 @@
 
 import re
 import warnings
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedConfig
 
 from lora_recipes.errors import RecipeError
 from lora_recipes.model.build import lora_config, meta_model, refusals_of
 from lora_recipes.recipe import Recipe
 
+# What expert weights were called, as layers, before transformers made one parameter of all of them.
+BEFORE_FUSION = {"gate_up_proj": {"gate_proj", "up_proj", "w1", "w3"}, "down_proj": {"w2"}}
+
 
 @dataclass(frozen=True)
 class Targets:
-    """What LoRA hits: parameters (trainable, and all with the adapter), and how many modules of each name."""
+    """What LoRA hits: parameters (trainable, and all with the adapter), and how many modules of each name.
+
+    `frozen_experts` counts the parameters of a mixture's experts that no adapter reaches: what a list of attention
+    layers leaves out by choice. Without a `lora` section every parameter is trained, and nothing is hit.
+    """
 
     trainable: int
     total: int
     hits: dict[str, int]
+    frozen_experts: int = 0
 
     @property
     def percent(self) -> float:
@@ -33,59 +45,151 @@ def find_targets(recipe: Recipe, config: PreTrainedConfig) -> Targets:
     Raises:
         RecipeError: a name in `target_modules`, `target_parameters`, `modules_to_save`, `exclude_modules`,
             `rank_pattern` or `alpha_pattern` that matches no module. One that matches beside one that does not is
-            refused as well: PEFT would train half the adapter in silence.
+            refused as well: PEFT would train half the adapter in silence. So it would with experts that are one 3-D
+            parameter for all, which `all-linear` and the names of their projections pass by.
     """
+    base = meta_model(config, recipe)
+    if not recipe.get("lora"):
+        everything = sum(parameter.numel() for parameter in base.parameters())
+        return Targets(everything, everything, {})
     with refusals_of(recipe, "lora"):
         lora_config(recipe.section("lora"))
-    base = meta_model(config, recipe)
     modules = dict(base.named_modules())
+    layers = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
+    experts = _experts(base, recipe.get("lora.modules_to_save") or [])
+    _require_matches(recipe, base, layers, experts)
+    adapted = _adapted(recipe, base, layers)
+    hit = adapted.targeted_module_names + adapted.targeted_parameter_names
+    _require_hits(recipe, hit)
+    trainable, total = adapted.get_nb_trainable_parameters()
+    _require_reached(recipe, adapted, layers, experts, hit)
+    hits = Counter(_last(name.removesuffix(".weight")) for name in hit)
+    frozen = sum(parameter.numel() for name, parameter in experts.items() if name not in hit)
+    return Targets(trainable, total, dict(hits), frozen)
+
+
+def _require_matches(
+    recipe: Recipe, base: torch.nn.Module, layers: list[str], experts: dict[str, torch.nn.Parameter]
+) -> None:
+    modules = [name for name, _ in base.named_modules()]
     parameters = [name for name, _ in base.named_parameters()]
-    linear = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
     problems = []
     for key, known in (
-        ("target_modules", list(modules)),
-        ("exclude_modules", list(modules)),
-        ("modules_to_save", list(modules)),
+        ("target_modules", modules),
+        ("exclude_modules", modules),
+        ("modules_to_save", modules),
         ("target_parameters", parameters),
     ):
         names = recipe.get(f"lora.{key}")
         if isinstance(names, list):
-            problems += [_unmatched(recipe, key, name, known, linear) for name in names if not _matches(name, known)]
+            problems += [
+                _unmatched(recipe, key, name, known, layers, experts) for name in names if not _matches(name, known)
+            ]
     if problems:
         raise RecipeError("\n".join(problems))
-    adapted = _adapted(recipe, base, linear)
-    hit = adapted.targeted_module_names + adapted.targeted_parameter_names
+
+
+def _require_hits(recipe: Recipe, hit: list[str]) -> None:
+    problems = []
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in recipe.get(f"lora.{key}") or {}:
             if not _pattern_matches(pattern, hit):
                 problems.append(
                     f"{recipe.where(f'lora.{key}')}: `{key}`: {pattern!r} matches none of the targeted modules"
                 )
-    layers = recipe.get("lora.layers_to_transform")
-    for layer in [layers] if isinstance(layers, int) else layers or []:
+    chosen = recipe.get("lora.layers_to_transform")
+    for layer in [chosen] if isinstance(chosen, int) else chosen or []:
         if not any(f".{layer}." in name for name in hit):
             problems.append(
                 f"{recipe.where('lora.layers_to_transform')}: `layers_to_transform`: no targeted module in layer {layer}"
             )
     if problems:
         raise RecipeError("\n".join(problems))
-    trainable, total = adapted.get_nb_trainable_parameters()
-    hits: dict[str, int] = {}
-    for name in hit:
-        hits[name.rpartition(".")[2]] = hits.get(name.rpartition(".")[2], 0) + 1
-    return Targets(trainable, total, hits)
 
 
-def _adapted(recipe: Recipe, base: torch.nn.Module, linear: set[str]) -> PeftModel:
-    section = recipe.section("lora") | {"init_lora_weights": True}  # PiSSA and the like compute on real weights
+def _experts(base: torch.nn.Module, saved: list[str]) -> dict[str, torch.nn.Parameter]:
+    """Weights of experts that are no layers, which target_modules cannot name; without those trained whole.
+
+    Returns:
+        By name: [experts, out, in], or [experts, in, out].
+    """
+    modules = dict(base.named_modules())
+    return {
+        name: parameter
+        for name, parameter in base.named_parameters()
+        if parameter.dim() == 3
+        and not isinstance(modules[name.rpartition(".")[0]], _ConvNd)
+        and not any(f".{module}." in f".{name}" for module in saved)
+    }
+
+
+def _require_reached(
+    recipe: Recipe, adapted: PeftModel, layers: list[str], experts: dict[str, torch.nn.Parameter], hit: list[str]
+) -> None:
+    """Raises RecipeError where the recipe names experts, or layers beside them, that PEFT leaves frozen.
+
+    It passes by the experts of some architectures. For the others it takes the old names of their projections, and
+    `all-linear`, for the experts, and drops the layers that have such a name: shared experts, dense first layers
+    (peft.utils.transformers_weight_conversion).
+
+    Args:
+        layers: paths of the linear layers.
+    """
+    reached = {_last(name.removesuffix(".weight")) for name in hit if name not in experts}
+    projections = set().union(*map(_projections, experts)) - reached
+    dropped = sorted({_last(name) for name in layers if _last(name) in projections and _names(recipe, name)})
+    frozen = [] if recipe.get("lora.target_parameters") else [name for name in experts if name not in hit]
+    meant = [
+        name
+        for name in frozen
+        if any(_names(recipe, f"{name.rpartition('.')[0]}.{projection}") for projection in _projections(name))
+    ]
+    if dropped or meant:
+        what = f"the layers {', '.join(dropped)}" if dropped else "the experts"
+        whole = ", ".join(dict.fromkeys(map(_last, adapted.targeted_module_names)))
+        raise RecipeError(
+            f"{recipe.where('lora.target_modules')}: `target_modules` does not reach {what} of this model, so they would stay "
+            f"frozen in silence. Write under `lora`:\n  target_modules: [{whole}]\n{_lines_for(experts, dropped)}"
+        )
+
+
+def _names(recipe: Recipe, path: str) -> bool:
+    """Whether `target_modules` takes in `path`, be there such a module or not."""
+    targets = recipe.get("lora.target_modules") or []
+    if isinstance(targets, list):
+        return any(_matches(target, [path]) for target in targets)
+    return targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND or re.fullmatch(targets, path) is not None
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _projections(parameter: str) -> set[str]:
+    """The names that an expert weight has, or had before gate and up were one."""
+    return {_last(parameter)} | BEFORE_FUSION.get(_last(parameter), set())
+
+
+def _lines_for(experts: Iterable[str], dropped: Iterable[str] = ()) -> str:
+    """What to write to train these experts, and layers whose names PEFT takes for theirs."""
+    shared = {re.sub(r"^.*\.\d+\.", "", name) for name in experts}  # without the path down to the layer
+    names = [*sorted(shared), *(f"{name}.weight" for name in dropped)]
+    return f"  target_parameters: [{', '.join(names)}]\n  lora_dropout: 0.0"
+
+
+def _adapted(recipe: Recipe, base: torch.nn.Module, layers: list[str]) -> PeftModel:
+    # PiSSA and the like compute on real weights.
+    section = recipe.section("lora") | {"init_lora_weights": True, "eva_config": None}
     try:
         with warnings.catch_warnings():  # PEFT warns of what `find_targets` turns into errors
             warnings.simplefilter("ignore")
             return get_peft_model(base, lora_config(section))
     except (ValueError, TypeError) as error:  # PEFT's own words for a pattern or a layer kind that cannot be adapted
-        where = recipe.where("lora.target_modules")
+        # It says what does not go with experts by the setting's name: lora_dropout, use_dora, lora_bias, fan_in_fan_out.
+        blamed = next((key for key in section if re.search(rf"\b{key}\b", str(error))), "target_modules")
         raise RecipeError(
-            f"{where}: LoRA cannot be applied: {error}\nlinear layers here: {', '.join(sorted(linear))}"
+            f"{recipe.where(f'lora.{blamed}')}: LoRA cannot be applied: {error}\n"
+            f"linear layers here: {', '.join(sorted(set(map(_last, layers))))}"
         ) from None
 
 
@@ -98,11 +202,18 @@ def _pattern_matches(pattern: str, hit: list[str]) -> bool:
     return any(re.match(rf"(.*\.)?({pattern})$", name) for name in hit)  # peft.utils.other.get_pattern_key
 
 
-def _unmatched(recipe: Recipe, key: str, name: str, known: list[str], linear: set[str]) -> str:
-    candidates = sorted({path.rpartition(".")[2] for path in known} - {""})
+def _unmatched(
+    recipe: Recipe, key: str, name: str, known: list[str], layers: list[str], experts: dict[str, torch.nn.Parameter]
+) -> str:
+    if key == "target_modules" and any(_last(name) in _projections(expert) for expert in experts):
+        return (
+            f"{recipe.where(f'lora.{key}')}: `{key}`: {name!r} matches no module of this model, whose experts are no layers: "
+            f"they would stay frozen in silence. Write under `lora` instead:\n{_lines_for(experts)}"
+        )
+    candidates = sorted(set(map(_last, known)) - {""})
     near = get_close_matches(name, candidates, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return (
         f"{recipe.where(f'lora.{key}')}: `{key}`: {name!r} matches no module of this model, so it would be left out in "
-        f"silence; {hint}its linear layers: {', '.join(sorted(linear))}"
+        f"silence; {hint}its linear layers: {', '.join(sorted(set(map(_last, layers))))}"
     )

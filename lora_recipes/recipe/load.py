@@ -62,6 +62,19 @@ class Recipe:
             key = key.rpartition(".")[0]
         return str(self.path)
 
+    def changed(self, values: Mapping[str, Any]) -> "Recipe":
+        """The recipe with other values at dotted keys, unchecked; None drops a section, or sets a key to null."""
+        plain = self.plain()
+        for key, value in values.items():
+            *path, last = key.split(".")
+            section = plain
+            for step in path:
+                section = section.setdefault(step, {})
+            section[last] = value
+            if not path and value is None:
+                del section[last]
+        return Recipe(self.path, _freeze(plain), self.origins)
+
     def plain(self) -> dict[str, Any]:
         """The resolved recipe as plain dicts, lists and scalars."""
         return _thaw(self.values)

@@ -1,7 +1,10 @@
 """Everything that decides what is learnt, printed with its arithmetic before the first step."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 from lora_recipes import console
 from lora_recipes.data.load import LoadedData
@@ -15,6 +18,8 @@ def describe(choices: Choices, trainer: RecipeTrainer, data: LoadedData, report:
     made = [(choice.what, f"{choice.value}  ({choice.why})") for choice in choices.made]
     console.facts("What this machine made of the recipe", made)
     console.facts("What will be trained", _sizes(trainer, report))
+    for note in _notes(trainer):
+        console.say(f"note: {note}", "yellow")
     for warning in report["warnings"]:
         console.say(f"note: {warning['text']}", "yellow")
     console.example("One training example", first_example(data))
@@ -22,7 +27,7 @@ def describe(choices: Choices, trainer: RecipeTrainer, data: LoadedData, report:
 
 def _sizes(trainer: RecipeTrainer, report: dict[str, Any]) -> list[tuple[str, str]]:
     args = trainer.args
-    trainable, total = trainer.model.get_nb_trainable_parameters()
+    trainable, total = _parameters(trainer)
     device, accumulation, processes = (
         args.per_device_train_batch_size,
         args.gradient_accumulation_steps,
@@ -44,6 +49,23 @@ def _sizes(trainer: RecipeTrainer, report: dict[str, Any]) -> list[tuple[str, st
         ("steps", f"{steps:,}"),
     ]
     return shown
+
+
+def _parameters(trainer: RecipeTrainer) -> tuple[int, int]:
+    """(trainable, all); PEFT also counts what lies packed in a 4-bit weight."""
+    if hasattr(trainer.model, "get_nb_trainable_parameters"):
+        return trainer.model.get_nb_trainable_parameters()
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def _notes(trainer: RecipeTrainer) -> Iterator[str]:
+    if not hasattr(trainer.model, "peft_config") and trainer.model.dtype != torch.float32:
+        kind = str(trainer.model.dtype).removeprefix("torch.")
+        yield (
+            f"full fine-tuning of {kind} weights: a step smaller than their rounding is lost; model.dtype=float32 keeps it "
+            "(twice the memory)"
+        )
 
 
 def _rows(report: dict[str, Any]) -> str:

@@ -1,21 +1,22 @@
 """Memory that ran out: said with the batch that failed and the plan's numbers, or answered with smaller micro-batches."""
 
 import gc
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from lora_recipes import console
+from lora_recipes.console import gib
 from lora_recipes.errors import LoraRecipesError, MachineError, out_of_memory
 from lora_recipes.model.machine import choose
-from lora_recipes.plan import plan
+from lora_recipes.plan import Estimate, config_of, half_the_rows, target_of, ways_out
 from lora_recipes.recipe import Recipe, load_recipe
 from lora_recipes.run_dir import RunDir
 from lora_recipes.train.preflight import Ready
 from lora_recipes.train.record import write_status
 
-GIB = 2**30
 DEVICE_BATCH = 8  # TrainingArguments' own default
 SUGGESTED = 3  # settings that a message names
 
@@ -69,10 +70,8 @@ def fitted(recipe: Recipe, ready: Ready, resume: bool, overrides: Sequence[str],
 
 def smaller_batch(recipe: Recipe) -> tuple[int, int] | None:
     """(rows at a time, accumulation) of at most half the micro-batch and exactly the same rows a step; None at one row."""
-    device = recipe.get("training.per_device_train_batch_size", DEVICE_BATCH)
-    rows = device * recipe.get("training.gradient_accumulation_steps", 1)
-    fitting = [size for size in range(1, device // 2 + 1) if rows % size == 0]
-    return (fitting[-1], rows // fitting[-1]) if fitting else None
+    rows = recipe.get("training.per_device_train_batch_size", DEVICE_BATCH)
+    return half_the_rows(rows, recipe.get("training.gradient_accumulation_steps", 1))
 
 
 def explained(error: BaseException, recipe: Recipe, shape: tuple[int, ...] | None, step: int) -> BatchTooLarge:
@@ -86,36 +85,30 @@ def explained(error: BaseException, recipe: Recipe, shape: tuple[int, ...] | Non
     )
     lines = [f"out of memory {where}: {_first_line(error)}"]
     try:
-        planned = plan(recipe)
-    except LoraRecipesError:
-        planned = {}
-    if planned:
-        parts = planned["memory"]["parts"].items()
-        named = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.2f}" for name, size in parts)
-        lines.append(
-            f"Certain are {planned['memory']['low'] / GIB:.2f} GiB ({named}); activations of the batch come on top."
-        )
-    lines.append(f"What helps, cheapest first: {'; '.join(ways_out(recipe))}.")
+        lines += _planned(recipe, shape)
+    except LoraRecipesError as unplanned:
+        lines.append(f"It cannot be planned: {unplanned}")
     if smaller_batch(recipe):
-        lines.append("Or launch again with --fit, which does the first by itself and goes on from the last checkpoint.")
+        lines.append("Or launch again with --fit, which halves the micro-batch and goes on from the last checkpoint.")
     return BatchTooLarge("\n".join(lines))
 
 
-def ways_out(recipe: Recipe) -> list[str]:
-    """Up to three settings that take less memory, cheapest first."""
-    ways = []
-    if smaller := smaller_batch(recipe):
-        ways.append(
-            f"training.per_device_train_batch_size={smaller[0]} training.gradient_accumulation_steps={smaller[1]} "
-            "(the same rows a step)"
+def _planned(recipe: Recipe, shape: tuple[int, ...] | None) -> Iterator[str]:
+    target = target_of(None, None, None)
+    config = config_of(recipe)
+    estimate = Estimate(recipe, config, target)
+    rows, length = shape or (estimate.rows, estimate.length)
+    memory = estimate.memory(replace(estimate.step(), rows=rows, length=length))
+    named = ", ".join(f"{name.replace('_', ' ')} {gib(size)}" for name, size in memory.parts.items() if size)
+    yield f"Planned for this batch: {gib(memory.expected)} GiB, up to {gib(memory.high)} ({named})."
+    found = ways_out(recipe, config, target)[:SUGGESTED]
+    if found:
+        ways = (
+            f"{' '.join(f'{key}={json.dumps(value)}' for key, value in way.settings.items())} "
+            f"({gib(way.memory.expected)} GiB for the longest rows; costs {way.costs})"
+            for way in found
         )
-    if not recipe.get("training.activation_checkpointing"):
-        ways.append("training.activation_checkpointing=true")
-    length = recipe.get("training.max_length", 1024)
-    ways.append(f"training.max_length={length // 2}")
-    if not recipe.get("quantization"):
-        ways.append("a 4-bit base (extends: base/qlora.yaml)")
-    return ways[:SUGGESTED]
+        yield f"What helps, cheapest first: {'; '.join(ways)}."
 
 
 def _first_line(error: BaseException) -> str:

@@ -62,12 +62,13 @@ def data_hashes(recipe: Recipe) -> dict[str, str]:
 
 def _already_complete(run_dir: RunDir, recipe: Recipe, resume: bool) -> bool:
     """A finished run trains no more steps; a run folder in use is never overwritten."""
-    if run_dir.adapter.is_dir():
+    published = run_dir.adapter if recipe.get("lora") else run_dir.merged  # full fine-tuning leaves a whole model
+    if published.is_dir():
         if resume:
             console.say(f"{run_dir.root} is complete: 0 steps to train. Next: lora-recipes generate {recipe.path}")
             return True
         raise RunError(
-            f"{run_dir.adapter} exists: this recipe is trained. Nothing was changed. To train again, copy the recipe "
+            f"{published} exists: this recipe is trained. Nothing was changed. To train again, copy the recipe "
             f"(lora-recipes new {recipe.path} NAME) or move {run_dir.root} away"
         )
     if run_dir.checkpoints.is_dir() and any(run_dir.checkpoints.iterdir()) and not resume:

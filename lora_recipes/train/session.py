@@ -1,11 +1,9 @@
 """A whole training run: everything cheap is checked first, then weights are loaded, trained and published."""
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainerState
 from trl import SFTConfig
@@ -14,17 +12,19 @@ from lora_recipes import console
 from lora_recipes.data.audit import audit, require_sound, write_evidence
 from lora_recipes.data.load import LoadedData, load_data
 from lora_recipes.errors import MachineError, RecipeError, RefusedError, RunError, out_of_memory
-from lora_recipes.model.adapted import check_adapter
+from lora_recipes.model.adapted import check_adapter, check_model
 from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer, model_config, refusals_of
+from lora_recipes.model.initialise import INITIAL, changes_base, keep_initial
 from lora_recipes.model.machine import Choices
 from lora_recipes.model.source import Source, materialise
 from lora_recipes.model.targets import Targets, find_targets
 from lora_recipes.recipe import Recipe
-from lora_recipes.run_dir import RunDir, published, staging_of, write_json, write_text
+from lora_recipes.run_dir import RunDir, published, write_text
 from lora_recipes.train.describe import describe
 from lora_recipes.train.memory import explained
 from lora_recipes.train.preflight import Ready, data_hashes
 from lora_recipes.train.probe import LongestFirst
+from lora_recipes.train.publish import publish
 from lora_recipes.train.record import RecordCallback, write_manifest, write_status
 from lora_recipes.train.trainer import RecipeTrainer, build_trainer, training_arguments
 from lora_recipes.trained import require_same_tokens
@@ -44,7 +44,7 @@ CPU_PARAMETERS = 1_500_000_000
 
 
 def train(recipe: Recipe, ready: Ready, resume: bool) -> None:
-    """Train the recipe's adapter and publish it as `outputs/<name>/adapter`.
+    """Train the recipe's adapter and publish it as `outputs/<name>/adapter`; without a `lora` section the whole model.
 
     Args:
         ready: what `preflight` found on this machine.
@@ -69,9 +69,9 @@ def train(recipe: Recipe, ready: Ready, resume: bool) -> None:
     report = audit(data, args.per_device_train_batch_size, _global_batch(args))
     require_sound(report)
     _refuse_leaking_stream(recipe, args, data, report["epoch_rows"])
+    last = _last_checkpoint(recipe, run_dir) if resume else None
     base = load_base(recipe, source, choices)
-    trainer = build_trainer(recipe, args, choices, base, tokenizer, data, [RecordCallback(run_dir)])
-    last = _last_checkpoint(run_dir) if resume else None
+    trainer = build_trainer(recipe, args, choices, base, tokenizer, data, [RecordCallback(run_dir)], last)
     if last is not None and data.streams:
         _require_first_pass(recipe, last, _global_batch(args), report["epoch_rows"])
     if trainer.is_world_process_zero():
@@ -85,7 +85,7 @@ def train(recipe: Recipe, ready: Ready, resume: bool) -> None:
         if not out_of_memory(error):
             raise
         raise explained(error, recipe, trainer.batch_shape, trainer.state.global_step) from None
-    _publish(trainer, run_dir, recipe, source)
+    publish(trainer, run_dir, recipe, tokenizer, ends)
 
 
 def _refuse_leaking_stream(recipe: Recipe, args: SFTConfig, data: LoadedData, rows: int) -> None:
@@ -156,11 +156,11 @@ def _open_run(
         write_status(run_dir, last_good_checkpoint=None)
 
 
-def _last_checkpoint(run_dir: RunDir) -> Path | None:
+def _last_checkpoint(recipe: Recipe, run_dir: RunDir) -> Path | None:
     """The newest checkpoint that is complete and finite; older ones are tried in turn."""
     for checkpoint in reversed(run_dir.complete_checkpoints()):
         try:
-            check_adapter(checkpoint)
+            check_adapter(checkpoint) if recipe.get("lora") else check_model(checkpoint)
         except RefusedError as error:
             console.say(f"Skipping {checkpoint}: {error}")
         else:
@@ -185,46 +185,12 @@ def _run(trainer: RecipeTrainer, last: Path | None) -> None:
     if last is not None:
         state = TrainerState.load_from_json(str(last / "trainer_state.json"))
         if state.global_step >= state.max_steps:
-            trainer.model.load_adapter(str(last), "default", is_trainable=True)
+            trainer._load_from_checkpoint(str(last))
             trainer.state = state
             return
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     if trainer.state.global_step < trainer.state.max_steps:
         raise RunError(
-            f"training stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; no adapter is published. "
+            f"training stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; nothing is published. "
             "Launch again with --resume"
         )
-
-
-def _publish(trainer: RecipeTrainer, run_dir: RunDir, recipe: Recipe, source: Source) -> None:
-    for name, parameter in trainer.model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise RefusedError(f"{name} holds NaN or infinity after training; no adapter is published")
-    main = trainer.is_world_process_zero()
-    with published(run_dir.adapter) if main else nullcontext(staging_of(run_dir.adapter)) as staging:
-        trainer.save_model(str(staging))
-        trainer.accelerator.wait_for_everyone()
-        if main:
-            _tidy(staging, source)
-    if main:
-        step = trainer.state.global_step
-        write_status(run_dir, state="complete", exit_code=0, reason="trained", step=step)
-        console.say(f"Adapter: {run_dir.adapter}", "bold")
-        console.say(f"Next: make generate merge RECIPE={recipe.path}")
-
-
-def _tidy(folder: Path, source: Source) -> None:
-    """Only what loads an adapter: no pickle, no boilerplate card, and a config whose bytes do not vary between runs."""
-    (folder / "training_args.bin").unlink(missing_ok=True)
-    (folder / "README.md").unlink(missing_ok=True)
-    config = folder / "adapter_config.json"
-    values = json.loads(config.read_text(encoding="utf-8"))
-    for key in (
-        "target_modules",
-        "exclude_modules",
-        "modules_to_save",
-        "target_parameters",
-    ):  # PEFT keeps sets
-        if isinstance(values.get(key), list):
-            values[key] = sorted(values[key])
-    write_json(config, values)

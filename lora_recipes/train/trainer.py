@@ -1,18 +1,33 @@
 """One `SFTTrainer` out of the recipe's sections, and the loss path that suits a CPU."""
 
+import os
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from lora_recipes.data.load import LoadedData
 from lora_recipes.data.masks import IGNORED
-from lora_recipes.model.build import lora_config, refusals_of
+from lora_recipes.errors import RecipeError
+from lora_recipes.model.build import refusals_of
+from lora_recipes.model.initialise import (
+    EVA_BATCHES,
+    begin,
+    go_on,
+    needs_whole_weights,
+    require_float32,
+    starting_config,
+)
 from lora_recipes.model.machine import Choice, Choices
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir
+from lora_recipes.train.optimizers import OPTIMIZER_KEYS, adapter_optimizer, freeze_what_never_moves
 
 # Read by lora_recipes.data and lora_recipes.model.build, which hand SFTTrainer finished tokens and labels.
 CONSUMED = ("assistant_only_loss", "completion_only_loss", "dataset_text_field", "chat_template_path")
@@ -88,12 +103,20 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     data: LoadedData,
     callbacks: list[TrainerCallback],
+    last: Path | None = None,
 ) -> RecipeTrainer:
     """The trainer of a recipe. SFTTrainer seeds before it makes the adapter's weights, so a seed repeats a run.
 
+    Args:
+        last: the checkpoint that will be resumed from.
+
     Raises:
-        RecipeError: SFTTrainer refuses a setting (a tracker that is not installed, a combination that it excludes).
+        RecipeError: SFTTrainer refuses a setting (a tracker that is not installed, a combination that it excludes), or
+            the adapter's first weights cannot be computed.
     """
+    section = recipe.section("lora")
+    _refuse_sharded(recipe, args, section)
+    require_float32(recipe, model)
     with refusals_of(recipe, "training"):
         trainer = RecipeTrainer(
             model=model,
@@ -101,16 +124,46 @@ def build_trainer(
             train_dataset=data.train(),
             eval_dataset=data.heldout(),
             processing_class=tokenizer,
-            peft_config=lora_config(recipe.section("lora")),
+            peft_config=starting_config(section, last) if section else None,
             callbacks=callbacks,
         )
+    if needs_whole_weights(section):
+        if last is None:
+            looks = section["init_lora_weights"] == "eva"
+            begin(trainer.model, recipe, choices, _training_batches(trainer, EVA_BATCHES) if looks else [])
+        else:
+            go_on(trainer.model, recipe, last)
+        set_seed(args.seed)  # from here on a run that begins and one that goes on draw the same numbers
+    trainer.optimizer_settings = {key: choices.training[key] for key in OPTIMIZER_KEYS if choices.training.get(key)}
+    freeze_what_never_moves(trainer.model, trainer.optimizer_settings)
     _keep_adapter_precision(trainer, choices)
     return trainer
 
 
+def _refuse_sharded(recipe: Recipe, args: SFTConfig, section: dict[str, Any]) -> None:
+    sharded = args.deepspeed_plugin is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+    if sharded and needs_whole_weights(section):
+        raise RecipeError(
+            f"{recipe.where('lora.init_lora_weights')}: `init_lora_weights: {section['init_lora_weights']}` is computed from "
+            "whole weights, which no process of an FSDP or DeepSpeed run has; launch with accelerate_configs/ddp.yaml, or "
+            "drop the key"
+        )
+
+
+def _training_batches(trainer: RecipeTrainer, count: int) -> list[dict[str, torch.Tensor]]:
+    """Micro-batches of the recipe's own training rows, drawn by its seed; a stream's first ones, which it has shuffled."""
+    rows, size = trainer.train_dataset, trainer.args.per_device_train_batch_size
+    if hasattr(rows, "__len__"):
+        drawn = numpy.random.default_rng(trainer.args.seed).permutation(len(rows))[: count * size]
+        chosen = [rows[int(index)] for index in drawn]
+    else:
+        chosen = list(islice(iter(rows), count * size))
+    return [trainer.data_collator(chosen[first : first + size]) for first in range(0, len(chosen), size)]
+
+
 def training_arguments(section: dict[str, Any], run_dir: RunDir) -> SFTConfig:
-    """The `training` section as trl.SFTConfig, without the few keys that the data room has used up."""
-    values = {key: value for key, value in section.items() if key not in CONSUMED}
+    """The `training` section as trl.SFTConfig, without the few keys that others have read or will read."""
+    values = {key: value for key, value in section.items() if key not in (*CONSUMED, *OPTIMIZER_KEYS)}
     if not values.get("packing"):  # rows come tokenized, masked and cut: nothing is left for SFTTrainer to prepare
         values["dataset_kwargs"] = {"skip_prepare_dataset": True}
     return SFTConfig(output_dir=str(run_dir.checkpoints), **values)

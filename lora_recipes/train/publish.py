@@ -1,0 +1,133 @@
+"""What a finished run leaves: an adapter that fits the untouched base, or the whole model where all of it was trained."""
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_recipes import console
+from lora_recipes.errors import RefusedError
+from lora_recipes.model.build import make_servable
+from lora_recipes.model.initialise import INITIAL, changes_base
+from lora_recipes.recipe import Recipe
+from lora_recipes.run_dir import RunDir, published, staging_of, write_json
+from lora_recipes.train.record import write_status
+from lora_recipes.train.trainer import RecipeTrainer
+
+
+def publish(
+    trainer: RecipeTrainer, run_dir: RunDir, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ends: list[int]
+) -> None:
+    """Write `adapter/`, or for full fine-tuning `merged/`; whole, or not at all.
+
+    Args:
+        ends: tokens that end an answer.
+
+    Raises:
+        RefusedError: a trained weight is not finite, or what was written is not what was trained.
+    """
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise RefusedError(f"{name} holds NaN or infinity after training; nothing is published")
+    main = trainer.is_world_process_zero()
+    if recipe.get("lora"):
+        _adapter(trainer, run_dir, recipe, main)
+        what, after = f"Adapter: {run_dir.adapter}", "generate merge"
+    else:
+        _model(trainer, run_dir, recipe, tokenizer, ends, main)
+        what, after = f"Model: {run_dir.merged}", "generate"
+    if main:
+        write_status(run_dir, state="complete", exit_code=0, reason="trained", step=trainer.state.global_step)
+        console.say(what, "bold")
+        console.say(f"Next: make {after} RECIPE={recipe.path}")
+
+
+def _adapter(trainer: RecipeTrainer, run_dir: RunDir, recipe: Recipe, main: bool) -> None:
+    with published(run_dir.adapter) if main else nullcontext(staging_of(run_dir.adapter)) as staging:
+        trainer.save_model(str(staging))
+        trainer.accelerator.wait_for_everyone()
+        if main:
+            if changes_base(recipe.section("lora")):
+                _fit_the_untouched_base(trainer, run_dir.checkpoints / INITIAL, staging)
+            _tidy(staging)
+
+
+def _fit_the_untouched_base(trainer: RecipeTrainer, initial: Path, staging: Path) -> None:
+    """Replace the adapter of a base that was split by a plain one of twice the rank: s B A - s B0 A0."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.save_pretrained(str(staging), path_initial_model_for_weight_conversion=str(initial))
+
+
+def _model(
+    trainer: RecipeTrainer,
+    run_dir: RunDir,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: list[int],
+    main: bool,
+) -> None:
+    started = time.monotonic()
+    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
+    make_servable(model, ends, tokenizer)
+    section = recipe.section("merge")
+    if dtype := section.get("dtype"):
+        model.to(getattr(torch, dtype))
+    weights = trainer.accelerator.get_state_dict(trainer.model)  # gathered, where they are sharded
+    if not main:
+        return
+    size = {key: section[key] for key in ("max_shard_size",) if key in section}
+    with published(run_dir.merged) as staging:
+        model.save_pretrained(staging, state_dict=weights, **size)
+        tokenizer.save_pretrained(staging)
+        count = _require_equal(staging, weights, model)
+        report: dict[str, Any] = {
+            "merged": str(run_dir.merged),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "tensors_equal": count,
+            "passed": True,
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        write_json(run_dir.parity, report)
+
+
+def _require_equal(folder: Path, weights: Mapping[str, torch.Tensor], model: PreTrainedModel) -> int:
+    """Tensors on disk, each bit the trained one. Raises RefusedError when one differs, or a parameter is not there."""
+    written = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                if name not in weights or not torch.equal(tensors.get_tensor(name), weights[name].cpu()):
+                    raise RefusedError(f"{file}: {name} is not the trained tensor; nothing is published")
+                written.add(name)
+    # Of tied weights one name is written. `named_parameters` gives one as well, not always the same.
+    lost = [
+        name
+        for name, _ in model.named_parameters()
+        if not any(weights[other].data_ptr() == weights[name].data_ptr() for other in written)
+    ]
+    if lost:
+        raise RefusedError(f"{folder}: {lost[0]} was not written; nothing is published")
+    return len(written)
+
+
+def _tidy(folder: Path) -> None:
+    """Only what loads an adapter: no pickle, no boilerplate card, and a config whose bytes do not vary between runs."""
+    (folder / "training_args.bin").unlink(missing_ok=True)
+    (folder / "README.md").unlink(missing_ok=True)
+    config = folder / "adapter_config.json"
+    values = json.loads(config.read_text(encoding="utf-8"))
+    for key in (
+        "target_modules",
+        "exclude_modules",
+        "modules_to_save",
+        "target_parameters",
+    ):  # PEFT keeps sets
+        if isinstance(values.get(key), list):
+            values[key] = sorted(values[key])
+    write_json(config, values)
