@@ -22,7 +22,7 @@ def status(recipe: Recipe) -> dict[str, Any]:
         "stops": not answers["failed"] if answers["scores"] else None,
         "merge_parity": parity.get("passed"),
     }
-    if not (recipe.get("quantization") and parity.get("base") == "original"):
+    if recipe.get("lora") and not (recipe.get("quantization") and parity.get("base") == "original"):
         # Merged into the original weights, a model answers like the 4-bit one only nearly: parity.json says how nearly.
         needed = parity.get("tolerance", {}).get("greedy_agreement", 1.0)
         both = "merged" in answers["scores"]
@@ -44,12 +44,12 @@ def status(recipe: Recipe) -> dict[str, Any]:
 def _next(recipe: Recipe, run_dir: RunDir, gates: dict[str, bool | None]) -> list[str]:
     """Commands that make sense now."""
     path = recipe.path
-    if not run_dir.adapter.is_dir():
+    if not (run_dir.adapter if recipe.get("lora") else run_dir.merged).is_dir():
         resume = " --resume" if run_dir.checkpoints.is_dir() else ""
         return [f"accelerate launch run.py {path}{resume}"]
     commands = []
     if not run_dir.merged.is_dir():
         commands.append(f"lora-recipes merge {path}")
-    if gates["stops"] is None or (run_dir.merged.is_dir() and gates["merged_equals_adapter"] is None):
+    if gates["stops"] is None or (run_dir.merged.is_dir() and gates.get("merged_equals_adapter", True) is None):
         commands.append(f"lora-recipes generate {path}")
     return commands or [f"lora-recipes new {path} my-recipe dataset.data_files.train=my.jsonl"]

@@ -93,7 +93,7 @@ def test_recipe_is_planned_offline(path: Path):
     if not recipe.get("lora"):
         assert share == 1
     else:
-        assert 0 < share < (1 if recipe.get("lora.modules_to_save") else 0.1)
+        assert 0 < share < (1 if recipe.get("lora.modules_to_save") else 0.4)  # rank 256 on the demo model is a third
 
 
 def _adaptable(recipe: Recipe, config: PreTrainedConfig) -> Counter[str]:

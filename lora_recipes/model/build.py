@@ -112,7 +112,7 @@ def quantization_config(section: dict[str, Any]) -> BitsAndBytesConfig | None:
 def lora_config(section: dict[str, Any]) -> LoraConfig:
     """The `lora` section as peft.LoraConfig; nested sections become the config classes that PEFT expects."""
     if section.get("init_lora_weights") == "loftq":  # model.initialise does it: PEFT's own needs a GPU and scipy
-        section = section | {"init_lora_weights": True, "loftq_config": {}}
+        section = section | {"init_lora_weights": True}
     hints = typing.get_type_hints(LoraConfig)
     values = {key: _nested(hints[key], value) for key, value in section.items()}
     return LoraConfig(**{"task_type": "CAUSAL_LM", **values})
@@ -148,7 +148,16 @@ def load_base(
     with refusals_of(recipe, "model"):
         model = AutoModelForCausalLM.from_pretrained(source.location, quantization_config=config, **keywords)
     keep_canonical_4bit(model)
+    if config is not None and choices.device == "cpu":
+        _let_go_of_file(model)
     return model
+
+
+def _let_go_of_file(model: PreTrainedModel) -> None:
+    """Copy the weights that were not quantized: as views they keep the whole file of 16-bit weights in memory."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
 
 
 def load_merged(folder: Path, recipe: Recipe, choices: Choices) -> PreTrainedModel:

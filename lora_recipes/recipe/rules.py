@@ -88,11 +88,6 @@ def _one_quantization(values: Values) -> Iterator[Finding]:
 def _lora_targets(values: Values) -> Iterator[Finding]:
     lora = values.get("lora")
     if lora is None:
-        yield Finding(
-            "lora",
-            "is missing: full fine-tuning is not supported yet",
-            "extend base/lora.yaml or base/qlora.yaml",
-        )
         return
     if not lora.get("target_modules") and not lora.get("target_parameters"):
         yield Finding("lora.target_modules", "is missing", "write `target_modules: all-linear`, or list the layers")
@@ -103,13 +98,82 @@ def _lora_targets(values: Values) -> Iterator[Finding]:
             "holds `lm_head`, which SFTTrainer's loss reads directly, so its adapter would never train",
             "use `modules_to_save: [lm_head]`",
         )
-    if lora.get("init_lora_weights") in ("eva", "corda", "lora_ga", "loftq"):
-        yield Finding(
-            "lora.init_lora_weights",
-            "needs an initialisation step before training, which this runner does not run yet; without it PEFT trains plain LoRA",
-        )
     if lora.get("task_type") not in (None, "CAUSAL_LM"):
         yield Finding("lora.task_type", "must be CAUSAL_LM: recipes fine-tune causal language models")
+    if lora.get("target_parameters") and lora.get("lora_dropout"):
+        yield Finding(
+            "lora.lora_dropout",
+            "does not go with `lora.target_parameters`: PEFT has no dropout on expert weights",
+            "write `lora_dropout: 0.0`",
+        )
+
+
+def _full(values: Values) -> Iterator[Finding]:
+    """Without a `lora` section the whole model is trained."""
+    if "lora" in values:
+        return
+    for section, why in (
+        ("quantization", "quantized weights cannot be trained"),
+        ("merge.base", "there is no adapter to merge into anything"),
+    ):
+        name, _, key = section.partition(".")
+        if name in values and (not key or values[name].get(key) is not None):
+            yield Finding(
+                section,
+                f"does not go with full fine-tuning, which a recipe without `lora` asks for: {why}",
+                "extend base/qlora.yaml or base/lora.yaml, or drop it",
+            )
+
+
+def _first_weights(values: Values) -> Iterator[Finding]:
+    lora, quantization = values.get("lora") or {}, values.get("quantization")
+    start = lora.get("init_lora_weights")
+    if start in ("corda", "lora_ga"):
+        yield Finding(
+            "lora.init_lora_weights",
+            f"`{start}` needs an initialisation step before training, which this runner does not run yet; without it PEFT "
+            "trains plain LoRA",
+            "eva, loftq, pissa and olora are run",
+        )
+    if str(start).startswith(("pissa", "olora")) and quantization:
+        yield Finding(
+            "lora.init_lora_weights",
+            f"`{start}` splits each weight in two, and with `quantization` what is left of it would be rounded to 4 bits, "
+            "so that the adapter fits no base that anybody has",
+            "use `loftq` on a quantized base, or drop `quantization`",
+        )
+    if start == "loftq" and not quantization:
+        yield Finding(
+            "lora.init_lora_weights",
+            "`loftq` makes up for what quantization takes from a weight, and nothing is quantized",
+            "extend base/qlora.yaml, or drop it",
+        )
+    if lora.get("eva_config") is not None and start != "eva":
+        yield Finding("lora.eva_config", "has no effect without `init_lora_weights: eva`", "set it, or drop this")
+
+
+def _adapter_optimizers(values: Values) -> Iterator[Finding]:
+    training = values.get("training", {})
+    plus, fixed = training.get("loraplus_lr_ratio"), training.get("lorafa")
+    for key in ("loraplus_lr_ratio", "lorafa"):
+        if training.get(key) and "lora" not in values:
+            yield Finding(f"training.{key}", "has no effect without a `lora` section", "drop it")
+    if plus and fixed:
+        yield Finding(
+            "training.lorafa", "trains B alone, so `training.loraplus_lr_ratio` has no A to differ from", "keep one"
+        )
+    if training.get("loraplus_lr_embedding") is not None and not plus:
+        yield Finding(
+            "training.loraplus_lr_embedding",
+            "has no effect without `training.loraplus_lr_ratio`",
+            "set that, or drop this",
+        )
+    if fixed and training.get("optim", "adamw_torch") not in ("adamw_torch", "adamw_torch_fused"):
+        yield Finding(
+            "training.optim",
+            "has no effect with `training.lorafa`, which is an AdamW of its own, on projected gradients",
+            "write `optim: adamw_torch`, or drop it",
+        )
 
 
 def _evaluation(values: Values) -> Iterator[Finding]:
@@ -343,6 +407,9 @@ RULES: list[Callable[[Values], Iterator[Finding]]] = [
     _one_precision,
     _one_quantization,
     _lora_targets,
+    _full,
+    _first_weights,
+    _adapter_optimizers,
     _evaluation,
     _packing,
     _remote_code,

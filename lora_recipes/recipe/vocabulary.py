@@ -79,6 +79,23 @@ OWN_KEYS: dict[str, dict[str, dict[str, Any]]] = {
             "become plain text, or (`format: text` only) stay a control token.",
         },
     },
+    "training": {
+        "loraplus_lr_ratio": {
+            "type": "number",
+            "exclusiveMinimum": 1,
+            "description": "LoRA+: the learning rate of every B is this many times that of A "
+            "(peft.optimizers.create_loraplus_optimizer).",
+        },
+        "loraplus_lr_embedding": {
+            "type": "number",
+            "exclusiveMinimum": 0,
+            "description": "LoRA+: learning rate of adapters on embeddings. Unset: 1e-6.",
+        },
+        "lorafa": {
+            "type": "boolean",
+            "description": "LoRA-FA: A stays as it was drawn, B alone is trained (peft.optimizers.create_lorafa_optimizer).",
+        },
+    },
     "generation": {
         "prompts": {
             "type": "array",
@@ -279,10 +296,9 @@ REFUSED: dict[str, dict[str, str]] = {
         "megatron_config": _NOT_FOR_CAUSAL_SFT,
         "megatron_core": _NOT_FOR_CAUSAL_SFT,
         "arrow_config": "routes between adapters that are already trained",
-        "eva_config": _NEEDS_PRE_STEP,
         "corda_config": _NEEDS_PRE_STEP,
         "lora_ga_config": _NEEDS_PRE_STEP,
-        "loftq_config": _NEEDS_PRE_STEP,
+        "loftq_config": "has nothing to set: `init_lora_weights: loftq` makes one iteration at the bits of `quantization`",
         "use_qalora": "is only implemented for GPTQ weights, which recipes do not load",
         "qalora_group_size": "is only implemented for GPTQ weights, which recipes do not load",
     },

@@ -1,5 +1,6 @@
 """Optimizers that PEFT makes for adapters: LoRA+ and LoRA-FA, with the recipe's own rates, betas and decay."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftModel
@@ -11,8 +12,8 @@ from transformers import Trainer
 OPTIMIZER_KEYS = ("loraplus_lr_ratio", "loraplus_lr_embedding", "lorafa")
 
 
-def adapter_optimizer(trainer: Trainer, model: PeftModel, settings: dict[str, Any]) -> Optimizer | None:
-    """The optimizer that the recipe's own keys ask for; None where they ask for none."""
+def adapter_optimizer(trainer: Trainer, model: PeftModel, settings: Mapping[str, Any]) -> Optimizer:
+    """The optimizer that the recipe's own keys ask for."""
     args = trainer.args
     if settings.get("lorafa"):
         config = model.peft_config["default"]
@@ -22,21 +23,19 @@ def adapter_optimizer(trainer: Trainer, model: PeftModel, settings: dict[str, An
         for group in optimizer.param_groups:  # PEFT takes no betas
             group |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         return optimizer
-    if settings.get("loraplus_lr_ratio"):
-        optimizer_class, keywords = trainer.get_optimizer_cls_and_kwargs(args, model)
-        embedding = settings.get("loraplus_lr_embedding")
-        return create_loraplus_optimizer(
-            model,
-            optimizer_class,
-            loraplus_lr_ratio=settings["loraplus_lr_ratio"],
-            loraplus_weight_decay=args.weight_decay,
-            **({} if embedding is None else {"loraplus_lr_embedding": embedding}),
-            **keywords,
-        )
-    return None
+    optimizer_class, keywords = trainer.get_optimizer_cls_and_kwargs(args, model)
+    embedding = settings.get("loraplus_lr_embedding")
+    return create_loraplus_optimizer(
+        model,
+        optimizer_class,
+        loraplus_lr_ratio=settings["loraplus_lr_ratio"],
+        loraplus_weight_decay=args.weight_decay,
+        **({} if embedding is None else {"loraplus_lr_embedding": embedding}),
+        **keywords,
+    )
 
 
-def freeze_what_never_moves(model: PeftModel, settings: dict[str, Any]) -> None:
+def freeze_what_never_moves(model: PeftModel, settings: Mapping[str, Any]) -> None:
     """LoRA-FA trains B alone. Done before the first count of what is trained; PEFT does it when training begins."""
     if settings.get("lorafa"):
         for name, parameter in model.named_parameters():

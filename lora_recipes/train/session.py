@@ -154,6 +154,9 @@ def _open_run(
             trainer.args.seed,
         )
         write_status(run_dir, last_good_checkpoint=None)
+        if changes_base(recipe.section("lora")):
+            with published(run_dir.checkpoints / INITIAL) as staging:
+                keep_initial(trainer.model, staging)
 
 
 def _last_checkpoint(recipe: Recipe, run_dir: RunDir) -> Path | None:

@@ -1,6 +1,7 @@
 """One `SFTTrainer` out of the recipe's sections, and the loss path that suits a CPU."""
 
 import os
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,24 @@ CONSUMED = ("assistant_only_loss", "completion_only_loss", "dataset_text_field",
 
 
 class RecipeTrainer(SFTTrainer):
-    """SFTTrainer, with a loss that on a CPU scores no masked position. `batch_shape` is that of the last micro-batch."""
+    """SFTTrainer, with a loss that on a CPU scores no masked position, and PEFT's optimizers.
+
+    Attributes:
+        batch_shape: of the last micro-batch.
+        optimizer_settings: the recipe's own keys for LoRA+ or LoRA-FA.
+    """
 
     batch_shape: tuple[int, ...] | None = None
+    optimizer_settings: Mapping[str, Any] = {}
+
+    def create_optimizer(self, model: Any = None) -> Optimizer:
+        """PEFT's optimizer where the recipe asks for LoRA+ or LoRA-FA, else the Trainer's."""
+        if not self.optimizer_settings:
+            return super().create_optimizer(model)
+        self.optimizer: Optimizer = adapter_optimizer(
+            self, self.accelerator.unwrap_model(self.model), self.optimizer_settings
+        )
+        return self.optimizer
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         self.batch_shape = tuple(inputs["input_ids"].shape)
@@ -127,6 +143,7 @@ def build_trainer(
             peft_config=starting_config(section, last) if section else None,
             callbacks=callbacks,
         )
+    _keep_adapter_precision(trainer, choices)
     if needs_whole_weights(section):
         if last is None:
             looks = section["init_lora_weights"] == "eva"
@@ -136,7 +153,6 @@ def build_trainer(
         set_seed(args.seed)  # from here on a run that begins and one that goes on draw the same numbers
     trainer.optimizer_settings = {key: choices.training[key] for key in OPTIMIZER_KEYS if choices.training.get(key)}
     freeze_what_never_moves(trainer.model, trainer.optimizer_settings)
-    _keep_adapter_precision(trainer, choices)
     return trainer
 
 

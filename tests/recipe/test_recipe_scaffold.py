@@ -134,7 +134,7 @@ def test_a_second_suffix_cannot_share_the_run_folder_of_another_recipe(source: P
 
 @pytest.mark.parametrize(
     "override",
-    ["lora.r=sixteen", "lora.rr=8", "training.learning_rate=5", "lora", "lora.target_modules=[q", "lora=null"],
+    ["lora.r=sixteen", "lora.rr=8", "training.learning_rate=5", "lora", "lora.target_modules=[q", "model=null"],
 )
 def test_a_wrong_override_writes_nothing(source: Path, override: str) -> None:
     assert refusal(source, "mine", [override])
