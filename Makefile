@@ -39,7 +39,7 @@ demo: install  ## train, merge and compare the demo recipe (RECIPE=...), end to 
 	$(BIN)/lora-recipes status "$(RECIPE)" $(ARGS)
 
 test: install-dev  ## the default test suite, offline
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" -n auto $(ARGS)
 
 proofs: install-dev  ## the slow proofs: both demo recipes trained in full, and their gates
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
@@ -52,8 +52,8 @@ lint: install-dev  ## ruff and mypy
 bench-data: install-dev  ## rows to tokens: ours, the bare tokenizer, SFTTrainer; BENCH="--rows 20000" for a quick look
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/data_preparation.py $(BENCH)
 
-bench-memory: install-dev  ## peak memory as planned and as it is, into docs/plan.md (about 15 minutes); BENCH="--only 0 3"
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory.py --write $(BENCH)
+bench-memory: install-dev  ## peak memory as planned and as it is, into docs/plan.md (about 15 minutes); BENCH="--only 0 3" prints some
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory.py $(or $(BENCH),--write)
 
 table: install  ## plan every recipe against common cards, into README and docs (about 5 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/lora-recipes plan --table

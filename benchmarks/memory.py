@@ -37,7 +37,7 @@ LLAMA_CONFIG = {
 }
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 QV = ["q_proj", "v_proj"]
-# (model, dtype, 4-bit, rows, length, checkpointing, targets, optimizer, bf16 autocast)
+# Unset: float32, no quantization, no checkpointing, all linear layers, adamw_torch, no autocast.
 SETTINGS: list[dict[str, Any]] = [
     {"model": DEMO, "rows": 1, "length": 128},
     {"model": DEMO, "rows": 8, "length": 256},
@@ -51,7 +51,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"model": LLAMA, "rows": 1, "length": 512},
     {"model": LLAMA, "rows": 4, "length": 256, "checkpointing": True},
     {"model": LLAMA, "rows": 2, "length": 512, "quantization": NF4},
-    {"model": LLAMA, "rows": 2, "length": 1024, "quantization": NF4, "checkpointing": True, "optim": "adamw_8bit"},
+    {"model": LLAMA, "rows": 1, "length": 1024, "quantization": NF4, "checkpointing": True, "optim": "adamw_8bit"},
     {"model": LLAMA, "rows": 2, "length": 512, "dtype": "bfloat16", "bf16": True, "checkpointing": True},
     {"model": LLAMA, "rows": 2, "length": 256, "targets": QV, "dtype": "bfloat16"},
     {
@@ -64,8 +64,11 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-def make_llama(folder: Path) -> Path:
-    """Write the random Llama, with the demo model's tokenizer."""
+def make_llama(folder: Path, dtype: str) -> Path:
+    """Write the random Llama in the type that it is loaded in, with the demo model's tokenizer.
+
+    A file of another type would be mapped whole beside the weights that are made of it.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -73,7 +76,7 @@ def make_llama(folder: Path) -> Path:
 
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **LLAMA_CONFIG)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(unpack(DEMO)).save_pretrained(folder)
     return folder
 
@@ -226,6 +229,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the table into docs/plan.md")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.write and args.only is not None:
+        parser.error("--write replaces the whole table, so it does not go with --only")
     if args.one:
         what, path = args.one[0], Path(args.one[1])
         found = predicted(path) if what == "predicted" else measured(path, track=what == "tensors")
@@ -233,12 +238,15 @@ def main() -> None:
         return
     lines = []
     with tempfile.TemporaryDirectory() as folder:
-        llama = make_llama(Path(folder) / LLAMA)
+        kinds = {setting.get("dtype", "float32") for setting in SETTINGS if setting["model"] == LLAMA}
+        llamas = {kind: make_llama(Path(folder) / f"{LLAMA}-{kind}", kind) for kind in sorted(kinds)}
         for number in args.only if args.only is not None else range(len(SETTINGS)):
             setting = SETTINGS[number]
             own = Path(folder) / str(number)
             own.mkdir()
-            path = write_recipe(own, setting, DEMO if setting["model"] == DEMO else str(llama))
+            path = write_recipe(
+                own, setting, DEMO if setting["model"] == DEMO else str(llamas[setting.get("dtype", "float32")])
+            )
             expected = in_own_process("predicted", path)
             real = in_own_process("tensors", path) | in_own_process("process", path)
             cells = [named(setting)]

@@ -219,12 +219,15 @@ def plan(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     from lora_recipes import console
     from lora_recipes.plan import plan as run
-    from lora_recipes.plan import settings_to_apply, target_of
+    from lora_recipes.plan import settings_to_apply, target_for
     from lora_recipes.recipe.scaffold import new_recipe
 
-    found = run(recipe, target_of(args.gpu, args.gpus, args.config_file), teraflops=args.tflops)
+    found = run(recipe, target_for(recipe, args.gpu, args.gpus, args.config_file), teraflops=args.tflops)
     if args.apply:
-        found["applied"] = str(new_recipe(recipe.path, args.apply, [*args.words, *settings_to_apply(found)]))
+        changes = settings_to_apply(found)
+        if not changes:
+            raise RunError(f"--apply {args.apply}: there is nothing to change, {recipe.path} fits as it is")
+        found["applied"] = str(new_recipe(recipe.path, args.apply, [*args.words, *changes]))
     _emit(args, found)
     if not args.json:
         console.plan(recipe.name, found)
@@ -234,6 +237,9 @@ def plan(args: argparse.Namespace) -> int:
 def _plan_table(args: argparse.Namespace) -> int:
     if args.recipe is not None:
         raise RunError("`plan --table` plans every recipe in recipes/; leave the recipe out")
+    for option in ("gpu", "gpus", "tflops", "apply", "config_file"):
+        if getattr(args, option) is not None:
+            raise RunError(f"`--{option}` has no meaning for `plan --table`, whose cards are fixed; leave it out")
     from lora_recipes.plan.table import write_tables
 
     written = [str(file) for file in write_tables()]

@@ -13,6 +13,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from lora_recipes import process
 
 process.prepare()
+# Under pytest-xdist each worker keeps to a core of its own: torch would start a thread a core in every one of them.
+if (WORKER := os.environ.get("PYTEST_XDIST_WORKER", "")).startswith("gw") and hasattr(os, "sched_setaffinity"):
+    CORES = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {CORES[int(WORKER[2:]) % len(CORES)]})
 
 ROOT = Path(__file__).parent.parent
 CHATML = (

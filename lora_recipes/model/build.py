@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -95,8 +96,22 @@ def model_config(recipe: Recipe, source: Source) -> PreTrainedConfig:
 
 def meta_model(config: PreTrainedConfig, recipe: Recipe) -> PreTrainedModel:
     """The model on the meta device: every module and shape, no memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=bool(recipe.get("model.trust_remote_code")))
+    if config.is_encoder_decoder or not hasattr(config, "get_text_config"):
+        raise _no_causal_model(recipe, config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, trust_remote_code=bool(recipe.get("model.trust_remote_code"))
+            )
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise _no_causal_model(recipe, config) from None
+
+
+def _no_causal_model(recipe: Recipe, config: PreTrainedConfig) -> RecipeError:
+    where = recipe.where("model.pretrained_model_name_or_path")
+    return RecipeError(f"{where}: {config.model_type} is no causal language model, which recipes fine-tune")
 
 
 def _hub_keywords(recipe: Recipe) -> dict[str, Any]:
@@ -116,6 +131,24 @@ def lora_config(section: dict[str, Any]) -> LoraConfig:
     hints = typing.get_type_hints(LoraConfig)
     values = {key: _nested(hints[key], value) for key, value in section.items()}
     return LoraConfig(**{"task_type": "CAUSAL_LM", **values})
+
+
+def adapted_on_meta(base: torch.nn.Module, recipe: Recipe) -> PeftModel:
+    """The recipe's adapter on a model without weights, in its shapes: what PiSSA and the like compute needs real ones."""
+    section = recipe.section("lora") | {"init_lora_weights": True, "eva_config": None}
+    with warnings.catch_warnings():  # what PEFT warns of, `find_targets` turns into errors
+        warnings.simplefilter("ignore")
+        model = get_peft_model(base, lora_config(section))
+    if recipe.get("training.lorafa"):
+        freeze_first_matrices(model)
+    return model
+
+
+def freeze_first_matrices(model: PeftModel) -> None:
+    """LoRA-FA trains every B and leaves A as it was drawn."""
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
 
 
 def _nested(hint: Any, value: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 from peft import EvaConfig, LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.eva import initialize_lora_eva_weights
+from peft.tuners.lora.layer import Embedding, ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from safetensors.torch import load_file
@@ -52,6 +53,23 @@ def require_float32(recipe: Recipe, base: PreTrainedModel) -> None:
             f"weight in two, and in {kind} what is left of it would be rounded, so that the published adapter does not answer "
             "as it was trained; set model.dtype=float32 (training.bf16 may stay on)"
         )
+
+
+def require_matrices(model: PeftModel, recipe: Recipe) -> None:
+    """Raises RecipeError for an adapter whose first weights cannot be computed: its layer has no matrix, or too small a one."""
+    method = recipe.get("lora.init_lora_weights")
+    where = f"{recipe.where('lora.init_lora_weights')}: `init_lora_weights: {method}`"
+    for name, layer in _layers(model):
+        if isinstance(layer, (Embedding, ParamWrapper)):
+            raise RecipeError(
+                f"{where} has no first weights for {name}, which is no linear layer; adapt linear layers only"
+            )
+        smallest = layer.in_features if method == "eva" else min(layer.in_features, layer.out_features)
+        if layer.r["default"] > smallest:
+            raise RecipeError(
+                f"{where} takes the directions of {name} from a matrix that has {smallest}, fewer than the rank of "
+                f"{layer.r['default']}; set lora.r={smallest}, or a lora.rank_pattern"
+            )
 
 
 def starting_config(section: dict[str, Any], last: Path | None) -> LoraConfig:
@@ -141,7 +159,7 @@ def _eva(model: PeftModel, recipe: Recipe, batches: Sequence[Batch]) -> None:
         if forwards > EVA_FORWARDS:
             raise RecipeError(
                 f"{where}: EVA's directions still turn after {EVA_FORWARDS} batches; lower lora.eva_config.tau "
-                f"({config.eva_config.tau}) or lora.eva_config.rho ({config.eva_config.rho})"
+                f"({config.eva_config.tau}), lora.eva_config.rho ({config.eva_config.rho}) or lora.r ({config.r})"
             )
         trunk = adapted.get_base_model().base_model  # no head: its logits are not looked at
         trunk(**{key: inputs[key] for key in _FORWARDED if key in inputs}, use_cache=False)
@@ -186,3 +204,10 @@ def _loftq(model: PeftModel, original: PreTrainedModel) -> None:
         root = (values[:rank] / layer.scaling["default"]).sqrt()
         layer.lora_A["default"].weight.copy_(root[:, None] * right[:rank])
         layer.lora_B["default"].weight.copy_(left[:, :rank] * root)
+        if layer.use_dora["default"]:  # its lengths were measured while B was zero
+            layer.lora_magnitude_vector["default"].update_layer(
+                base_layer=base,
+                lora_A=layer.lora_A["default"].weight,
+                lora_B=layer.lora_B["default"].weight,
+                scaling=layer.scaling["default"],
+            )

@@ -1,20 +1,19 @@
 """Finds what a recipe's LoRA would hit, on a model without weights, and refuses names that match nothing."""
 
 import re
-import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedConfig
 
 from lora_recipes.errors import RecipeError
-from lora_recipes.model.build import lora_config, meta_model, refusals_of
+from lora_recipes.model.build import adapted_on_meta, lora_config, meta_model, refusals_of
 from lora_recipes.recipe import Recipe
 
 # What expert weights were called, as layers, before transformers made one parameter of all of them.
@@ -56,7 +55,7 @@ def find_targets(recipe: Recipe, config: PreTrainedConfig) -> Targets:
         lora_config(recipe.section("lora"))
     modules = dict(base.named_modules())
     layers = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
-    experts = _experts(base, recipe.get("lora.modules_to_save") or [])
+    experts = expert_weights(base, recipe.get("lora.modules_to_save") or [])
     _require_matches(recipe, base, layers, experts)
     adapted = _adapted(recipe, base, layers)
     hit = adapted.targeted_module_names + adapted.targeted_parameter_names
@@ -107,7 +106,7 @@ def _require_hits(recipe: Recipe, hit: list[str]) -> None:
         raise RecipeError("\n".join(problems))
 
 
-def _experts(base: torch.nn.Module, saved: list[str]) -> dict[str, torch.nn.Parameter]:
+def expert_weights(base: torch.nn.Module, saved: Sequence[str] = ()) -> dict[str, torch.nn.Parameter]:
     """Weights of experts that are no layers, which target_modules cannot name; without those trained whole.
 
     Returns:
@@ -118,6 +117,7 @@ def _experts(base: torch.nn.Module, saved: list[str]) -> dict[str, torch.nn.Para
         name: parameter
         for name, parameter in base.named_parameters()
         if parameter.dim() == 3
+        and parameter.shape[0] > 1
         and not isinstance(modules[name.rpartition(".")[0]], _ConvNd)
         and not any(f".{module}." in f".{name}" for module in saved)
     }
@@ -178,15 +178,11 @@ def _lines_for(experts: Iterable[str], dropped: Iterable[str] = ()) -> str:
 
 
 def _adapted(recipe: Recipe, base: torch.nn.Module, layers: list[str]) -> PeftModel:
-    # PiSSA and the like compute on real weights.
-    section = recipe.section("lora") | {"init_lora_weights": True, "eva_config": None}
     try:
-        with warnings.catch_warnings():  # PEFT warns of what `find_targets` turns into errors
-            warnings.simplefilter("ignore")
-            return get_peft_model(base, lora_config(section))
+        return adapted_on_meta(base, recipe)
     except (ValueError, TypeError) as error:  # PEFT's own words for a pattern or a layer kind that cannot be adapted
         # It says what does not go with experts by the setting's name: lora_dropout, use_dora, lora_bias, fan_in_fan_out.
-        blamed = next((key for key in section if re.search(rf"\b{key}\b", str(error))), "target_modules")
+        blamed = next((key for key in recipe.section("lora") if re.search(rf"\b{key}\b", str(error))), "target_modules")
         raise RecipeError(
             f"{recipe.where(f'lora.{blamed}')}: LoRA cannot be applied: {error}\n"
             f"linear layers here: {', '.join(sorted(set(map(_last, layers))))}"

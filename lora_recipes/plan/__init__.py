@@ -7,7 +7,7 @@ from typing import Any
 from lora_recipes.model.targets import Targets, find_targets
 from lora_recipes.plan.advice import Suggestion, half_the_rows, suggestions, ways_out
 from lora_recipes.plan.architecture import CONFIGS, config_of, facts_file, facts_of
-from lora_recipes.plan.cards import Target, target_of
+from lora_recipes.plan.cards import Target, target_for, target_of
 from lora_recipes.plan.cost import cost
 from lora_recipes.plan.memory import Estimate, Memory
 from lora_recipes.plan.required import required_on
@@ -24,6 +24,8 @@ __all__ = [
     "facts_of",
     "half_the_rows",
     "plan",
+    "settings_to_apply",
+    "target_for",
     "target_of",
     "ways_out",
 ]
@@ -47,7 +49,7 @@ def plan(
         RecipeError: a LoRA target matches nothing, or experts would be frozen in silence.
         MachineError: the architecture is neither here, nor in the cache, nor known to this package.
     """
-    target = target or target_of(None, None, None)
+    target = target or target_for(recipe)
     config = config_of(recipe)
     targets = find_targets(recipe, config)
     required = required_on(recipe, target)

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from lora_recipes.plan.cards import Target
 from lora_recipes.plan.memory import Estimate, Memory
 from lora_recipes.recipe import Recipe
+from lora_recipes.recipe.rules import broken_rules
 
 SHORTEST = 128  # tokens; shorter rows than this are no way out
 NF4 = {
@@ -81,7 +82,10 @@ def _tried(change: Change | None, estimate: Estimate, current: Memory) -> tuple[
     if change is None:
         return None
     settings, costs = change
-    planned = Estimate(estimate.recipe.changed(settings), estimate.config, estimate.target)
+    changed = estimate.recipe.changed(settings)
+    if broken_rules(changed.plain()):  # PiSSA on 4 bits, LoRA-FA with another optimizer
+        return None
+    planned = Estimate(changed, estimate.config, estimate.target)
     memory = planned.memory()
     if memory.high > (1 - LEAST) * current.high:
         return None

@@ -2,26 +2,26 @@
 
 import copy
 import json
-import warnings
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from peft import PeftModel, get_peft_model
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from peft import PeftModel
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lora_recipes.errors import MachineError
 from lora_recipes.model import build
-from lora_recipes.model.build import lora_config, meta_model, model_config
+from lora_recipes.model.build import adapted_on_meta, meta_model, model_config
 from lora_recipes.model.source import Source, locate, materialise
 from lora_recipes.recipe import Recipe
 
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CONFIGS = Path(build.__file__).parent / "configs"
-# Initialisations that compute on real weights; the shapes are those of the plain one.
-PLAIN_INIT = {"init_lora_weights": True, "eva_config": None}
 
 
 def facts_file(named: str) -> Path:
@@ -36,21 +36,25 @@ def facts_of(named: str) -> dict[str, Any] | None:
 
 
 def config_of(recipe: Recipe) -> PreTrainedConfig:
-    """The architecture's numbers: from the folder or package, else the hub's cache, else this package's own facts.
+    """The architecture's numbers: from the folder or package, the hub's cache, this package's own facts, or the hub.
 
     Raises:
         MachineError: it is in none of them.
     """
     named = recipe.get("model.pretrained_model_name_or_path")
-    if named.startswith("package:") or Path(named).is_dir():
-        return model_config(recipe, materialise(locate(recipe)))
-    if isinstance(try_to_load_from_cache(named, "config.json", revision=recipe.get("model.revision")), str):
+    if named.startswith("package:") or Path(named).exists() or not HUB_ID.fullmatch(named):
+        return model_config(recipe, materialise(locate(recipe, weights=False)))
+    keys = {"revision": recipe.get("model.revision"), "cache_dir": recipe.get("model.cache_dir")}
+    if isinstance(try_to_load_from_cache(named, "config.json", **keys), str):
         return model_config(recipe, Source("hub", named, named))
     facts = facts_of(named)
     if facts is None:
+        if not HF_HUB_OFFLINE:
+            return model_config(recipe, Source("hub", named, named))
         where = recipe.where("model.pretrained_model_name_or_path")
         raise MachineError(
-            f"{where}: the architecture of {named} is not here; get its numbers with: hf download {named} config.json"
+            f"{where}: the architecture of {named} is not here, and HF_HUB_OFFLINE is set; get its numbers with: "
+            f"hf download {named} config.json"
         )
     values = dict(facts["config"])
     return AutoConfig.for_model(values.pop("model_type"), **values)
@@ -87,12 +91,7 @@ def base_on_meta(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
 
 def adapt(recipe: Recipe, base: PreTrainedModel) -> PreTrainedModel | PeftModel:
     """The base with the recipe's adapter; without a `lora` section the base itself, all of it trainable."""
-    section = recipe.section("lora")
-    if not section:
-        return base
-    with warnings.catch_warnings():  # what PEFT warns of here, `find_targets` has refused before
-        warnings.simplefilter("ignore")
-        return get_peft_model(base, lora_config(section | PLAIN_INIT))
+    return adapted_on_meta(base, recipe) if recipe.get("lora") else base
 
 
 def set_adapter_dtype(recipe: Recipe, model: torch.nn.Module, *, quantized: bool, bf16: bool) -> None:

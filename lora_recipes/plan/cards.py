@@ -2,15 +2,15 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 
 from lora_recipes.errors import RunError
 from lora_recipes.model.machine import Gpu, has_gpu, this_gpu
+from lora_recipes.recipe import Recipe
 
 GIB = 2**30
 MIB = 2**20
@@ -25,7 +25,7 @@ class Target:
         gpu: None for a CPU.
         teraflops: the data sheet's dense 16-bit matrix rate; None where it is not known.
         gpus: devices that share the run.
-        sharding: how: "none", "ddp", "fsdp2", "zero2" or "zero3".
+        sharding: how: "none", "ddp", "fsdp2", "zero2", "zero3", or "layers" (`device_map: auto` in one process).
     """
 
     name: str
@@ -57,6 +57,32 @@ CARDS: dict[str, tuple[int, float, bool]] = {
 SHARDED = ("fsdp2", "zero2", "zero3")
 
 
+def target_for(
+    recipe: Recipe, gpu: str | None = None, gpus: int | None = None, config_file: str | None = None
+) -> Target:
+    """What the words on the command line mean for a recipe, which may ask for the CPU or for layers spread over GPUs.
+
+    Raises:
+        RunError: as `target_of`; or the recipe computes on the CPU, and a GPU is named.
+    """
+    if recipe.get("training.use_cpu"):
+        if gpu is not None:
+            raise RunError(
+                f"{recipe.where('training.use_cpu')}: `use_cpu: true` computes on the CPU, and --gpu {gpu} asks for a card; "
+                "leave one out"
+            )
+        return _several(_cpu(), gpus, config_file)
+    target = target_of(gpu, gpus, config_file)
+    if (
+        target.gpus > 1
+        and target.sharding == "ddp"
+        and config_file is None
+        and recipe.get("model.device_map") == "auto"
+    ):
+        return replace(target, sharding="layers")
+    return target
+
+
 def target_of(gpu: str | None, gpus: int | None, config_file: str | None) -> Target:
     """What the words on the command line mean; without `gpu` this machine.
 
@@ -67,52 +93,83 @@ def target_of(gpu: str | None, gpus: int | None, config_file: str | None) -> Tar
     Raises:
         RunError: no such card or memory, or a config that cannot be planned.
     """
-    processes, sharding = _launched(config_file)
-    count = gpus or processes or 1
     if gpu is None:
-        name, memory, found, rate = _this_machine()
-    elif size := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB|G|MiB|MB)", gpu.strip(), re.IGNORECASE):
+        return _several(_this_machine(), gpus, config_file)
+    if size := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB|G|MiB|MB)", gpu.strip(), re.IGNORECASE):
         unit = {"g": GIB, "gib": GIB, "gb": GIB, "mib": MIB, "mb": MIB}[size[2].lower()]  # cards are sold in binary GB
-        name, memory, found, rate = gpu, int(float(size[1]) * unit), Gpu(gpu, True), None
-    else:
-        key = gpu.lower().replace(" ", "").replace("_", "-")
-        near = [card for card in CARDS if card == key or card.split("-")[0] == key or card.replace("rtx", "") == key]
-        near = near or [card for card in CARDS if card.removeprefix("rtx").split("-")[0] == key]
-        if len(near) != 1:
-            which = f"which of {', '.join(near)}?" if near else f"known are {', '.join(CARDS)}"
-            raise RunError(f"--gpu {gpu}: {which}; or say its memory, such as --gpu 24GiB")
-        mib, rate, bf16 = CARDS[near[0]]
-        name, memory, found = near[0], mib * MIB, Gpu(near[0], bf16)
+        memory = int(float(size[1]) * unit)
+        if not memory:
+            raise RunError(f"--gpu {gpu}: no memory at all")
+        return _several(Target(gpu, memory, Gpu(gpu, True)), gpus, config_file)
+    key = gpu.lower().replace(" ", "").replace("_", "-")
+    near = [card for card in CARDS if key in (card, card.split("-")[0], card.removeprefix("rtx"))]
+    near = near or [card for card in CARDS if card.removeprefix("rtx").split("-")[0] == key]
+    if len(near) != 1:
+        which = f"which of {', '.join(near)}?" if near else f"known are {', '.join(CARDS)}"
+        raise RunError(f"--gpu {gpu}: {which}; or say its memory, such as --gpu 24GiB")
+    mib, rate, bf16 = CARDS[near[0]]
+    return _several(Target(near[0], mib * MIB, Gpu(near[0], bf16), rate), gpus, config_file)
+
+
+def _several(one: Target, gpus: int | None, config_file: str | None) -> Target:
+    """The run of as many devices as the words or the config say."""
+    processes, sharding = _launched(config_file)
+    if gpus is not None and processes is not None and gpus != processes:
+        raise RunError(f"--gpus {gpus}, but {config_file} says num_processes: {processes}; leave one out")
+    count = gpus or processes or 1
     if sharding == "none" and count > 1:
         sharding = "ddp"
-    if found is None and sharding in SHARDED:
-        raise RunError(f"{config_file}: {sharding} needs GPUs, and none is visible here; name one with --gpu")
-    return Target(name, memory, found, rate, count, sharding)
+    if one.gpu is None:
+        if sharding in SHARDED:
+            raise RunError(f"{config_file}: {sharding} needs GPUs, and none is visible here; name one with --gpu")
+        one = replace(one, memory=one.memory // count)  # the processes of a machine share its memory
+    return replace(one, gpus=count, sharding=sharding)
 
 
-def _this_machine() -> tuple[str, int, Gpu | None, float | None]:
+def _cpu() -> Target:
+    return Target("cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), None)
+
+
+def _this_machine() -> Target:
     if not has_gpu():
-        return "cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), None, None
+        return _cpu()
     gpu = this_gpu()
-    return gpu.name, torch.cuda.get_device_properties(0).total_memory, gpu, None
+    words = gpu.name.lower().replace(" ", "")
+    known = [rate for card, (_, rate, _) in CARDS.items() if card.split("-")[0] in words]
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return Target(gpu.name, memory, gpu, known[0] if known else None)
 
 
 def _launched(config_file: str | None) -> tuple[int | None, str]:
-    """(processes, sharding) of an accelerate config."""
+    """(processes, sharding) of an accelerate config; (None, "none") without one.
+
+    Raises:
+        RunError: it cannot be read, or asks for what is not planned.
+    """
     if config_file is None:
         return None, "none"
     try:
-        values: dict[str, Any] = yaml.safe_load(Path(config_file).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+        values = yaml.safe_load(Path(config_file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RunError(f"{config_file}: cannot be read as an accelerate config: {error}") from None
-    kind, count = values.get("distributed_type", "NO"), values.get("num_processes")
+    if not isinstance(values, dict) or not isinstance(values.get("num_processes", 1), int):
+        raise RunError(f"{config_file}: is no accelerate config: a mapping with a number of num_processes")
+    kind, count = values.get("distributed_type", "NO"), values.get("num_processes", 1)
+    fsdp, deepspeed = values.get("fsdp_config") or {}, values.get("deepspeed_config") or {}
+    unplanned = [key for key in ("fsdp_offload_params",) if fsdp.get(key)]
+    unplanned += [key for key, value in deepspeed.items() if "offload" in key and value not in (None, "none", False)]
+    unplanned += [key for key in ("deepspeed_config_file",) if deepspeed.get(key)]
+    if unplanned:
+        raise RunError(f"{config_file}: {', '.join(unplanned)} is not planned; leave it out to plan without")
     if kind == "FSDP":
-        if str((values.get("fsdp_config") or {}).get("fsdp_version", 1)) != "2":
+        if str(fsdp.get("fsdp_version", 1)) != "2":
             raise RunError(f"{config_file}: FSDP 1 is not planned; set fsdp_version: 2")
         return count, "fsdp2"
     if kind == "DEEPSPEED":
-        stage = (values.get("deepspeed_config") or {}).get("zero_stage", 2)
+        stage = deepspeed.get("zero_stage", 2)
         if stage not in (2, 3):
             raise RunError(f"{config_file}: ZeRO stage {stage} is not planned; stages 2 and 3 are")
         return count, f"zero{stage}"
-    return count, "ddp" if kind != "NO" and (count or 1) > 1 else "none"
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise RunError(f"{config_file}: distributed_type {kind} is not planned; NO, MULTI_GPU, FSDP and DEEPSPEED are")
+    return count, "ddp" if count > 1 else "none"

@@ -1,16 +1,18 @@
 """Steps, tokens, computation, time and disk of a run, from counts and arithmetic."""
 
+import math
 import time
 from typing import Any
 
 import torch
 
-from lora_recipes.data.files import Source, sources
+from lora_recipes.data.files import Source, local_files, sources
 from lora_recipes.data.readers import Chunk, rows_of
 from lora_recipes.data.scan import scan
 from lora_recipes.data.select import rows_in_slice
+from lora_recipes.errors import LoraRecipesError
 from lora_recipes.plan.cards import Target
-from lora_recipes.plan.memory import Estimate
+from lora_recipes.plan.memory import MAX_LENGTH, Estimate
 from lora_recipes.plan.storage import tensor_bytes
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir, read_json
@@ -31,22 +33,28 @@ def cost(recipe: Recipe, estimate: Estimate, teraflops: float | None) -> dict[st
         where rows lie on the hub and are not counted yet.
     """
     target = estimate.target
-    audited = read_json(RunDir.of(recipe.name).audit) or {}
+    audited = _audited(recipe, estimate)
     rows = audited.get("epoch_rows") or _rows(recipe)
+    packed = bool(recipe.get("training.packing"))
+    if packed and audited:
+        rows = max(1, -(-audited["epoch_tokens"] // estimate.length))  # rows that are full
     a_step = estimate.rows * estimate.accumulation * target.gpus
     training = estimate.choices.training
     steps = _steps(training, rows, a_step)
-    tokens_a_row = audited["epoch_tokens"] / rows if audited.get("epoch_tokens") and rows else estimate.length
+    known = audited.get("epoch_tokens") and rows and not packed
+    tokens_a_row = audited["epoch_tokens"] / rows if known else estimate.length
     tokens = None if steps is None else int(steps * a_step * tokens_a_row)
     flops = None if tokens is None else tokens * flops_a_token(estimate, tokens_a_row)
     rate, said = _rate(target, teraflops)
+    # Processes on a CPU share its cores; layers spread over devices compute one after the other.
+    workers = 1 if target.gpu is None or target.sharding == "layers" else target.gpus
     return {
         "rows": rows,
         "steps": steps,
         "tokens": tokens,
         "tokens_are": "as audited, without padding" if audited else "at most: every row as long as it may be",
         "flops": flops,
-        "seconds": None if flops is None or rate is None else flops / (rate * 1e12 * target.gpus),
+        "seconds": None if flops is None or rate is None else flops / (rate * 1e12 * workers),
         "rate": rate,
         "rate_is": said,
         "disk": _disk(estimate, steps),
@@ -75,11 +83,28 @@ def _weights_met(estimate: Estimate) -> int:
     tied = bool(getattr(config, "tie_word_embeddings", False))
     met = estimate.base_parameters - (0 if tied else estimate.head_parameters)
     experts = estimate.expert_parameters
-    count = next((n for name in EXPERTS if (n := getattr(config, name, None))), 0)
-    return met - (experts - experts * config.num_experts_per_tok // count if experts and count else 0)
+    count, passed = (
+        next((n for name in names if (n := getattr(config, name, None))), 0) for names in (EXPERTS, PASSED)
+    )
+    return met - (experts - experts * passed // count if experts and count and passed else 0)
 
 
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as configs call their number
+# As configs call their number, and how many a token passes.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+PASSED = ("num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token", "moe_k")
+
+
+def _audited(recipe: Recipe, estimate: Estimate) -> dict[str, Any]:
+    """The run's audit.json where it is about these rows: the same sources and length, written after all of them."""
+    file = RunDir.of(recipe.name).audit
+    found = read_json(file)
+    if not found or found.get("max_length") != estimate.recipe.get("training.max_length", MAX_LENGTH):
+        return {}
+    named = [source.name for source in sources(recipe)]
+    if [source["name"] for source in found["sources"]] != named:
+        return {}
+    files = [recipe.path, *(one.path for source in sources(recipe) for one in local_files(source, source.split))]
+    return found if all(one.stat().st_mtime <= file.stat().st_mtime for one in files if one.exists()) else {}
 
 
 class _Counting:
@@ -102,8 +127,6 @@ def _rows(recipe: Recipe) -> int | None:
 
 
 def _rows_of(source: Source, recipe: Recipe) -> int | None:
-    from lora_recipes.errors import LoraRecipesError
-
     if source.is_hub():
         return None
     try:
@@ -122,7 +145,7 @@ def _steps(training: dict[str, Any], rows: int | None, a_step: int) -> int | Non
     if not rows:
         return None
     epochs = training.get("num_train_epochs", 3.0)
-    return max(1, int(epochs * -(-rows // a_step)))
+    return max(1, math.ceil(epochs * -(-rows // a_step)))
 
 
 def _rate(target: Target, teraflops: float | None) -> tuple[float | None, str]:

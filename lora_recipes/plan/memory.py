@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from lora_recipes.model.machine import choose
+from lora_recipes.model.targets import expert_weights
 from lora_recipes.plan.architecture import adapt, base_dtype, base_on_meta, layers_of, quantizable, set_adapter_dtype
 from lora_recipes.plan.cards import Target
 from lora_recipes.plan.quantized import as_quantized
@@ -59,25 +60,29 @@ class Estimate:
         self.weights = weight_bytes(base, quantization)
         self.base_parameters = sum(parameter.numel() for parameter in base.parameters())
         self.head_parameters = base.get_output_embeddings().weight.numel()
-        self.expert_parameters = sum(  # the one kind of weight that is a 3-D tensor
-            parameter.numel() for parameter in base.parameters() if parameter.dim() == 3 and parameter.shape[-1] > 1
-        )
+        self.expert_parameters = sum(parameter.numel() for parameter in expert_weights(base).values())
         self.dtype = base_dtype(recipe, config)
         quantized = bool(quantization)
         if quantized:
             as_quantized(base, quantizable(base, quantization.get("llm_int8_skip_modules")), quantization)
         model = adapt(recipe, base)
-        self.bf16 = bool(training.get("bf16", True)) and not training.get("fp16")
+        self.bf16 = training.get("bf16") is not False and not training.get("fp16")  # unset and null mean true
         set_adapter_dtype(recipe, model, quantized=quantized, bf16=self.bf16)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.largest_layer = max(tensor_bytes(layer.parameters()) for layer in layers_of(model))
-        self.rehearsal = Rehearsal(model)
+        embeddings = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+        self._wide = {id(parameter) for module in embeddings for parameter in module.parameters()}
+        layers = layers_of(model)
+        self.largest_layer = max(tensor_bytes(layer.parameters()) for layer in layers)
+        inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        self.outside_layers = tensor_bytes(parameter for parameter in model.parameters() if id(parameter) not in inside)
+        every = (training.get("activation_checkpointing_kwargs") or {}).get("every_n_layers", 1)
+        self.rehearsal = Rehearsal(model, every)
         self._needs: dict[int, int] = {}  # high estimate by rows
 
     @property
     def memory_of_states(self) -> int:
         """Bytes of the optimizer's states, whole."""
-        return optimizer_bytes(self.optimizer, self.trained, self.choices.device)[0]
+        return optimizer_bytes(self.optimizer, self.trained, self._wide)[0]
 
     @property
     def optimizer(self) -> str:
@@ -122,7 +127,7 @@ class Estimate:
         step = step or self.step()
         certain = self._certain()
         peak = self.rehearsal.peak(step)
-        moving = max(0, peak.step - (0 if step.accumulates else certain["gradients"]))
+        moving = max(0, peak.step - (0 if step.accumulates else tensor_bytes(self.trained)))  # its gradients are whole
         head = min(peak.head, moving)
         evaluation = self._evaluation(step)
         parts = certain | {
@@ -146,8 +151,26 @@ class Estimate:
             found.append(f"{self.rows} rows a micro-batch: checked up to {CHECKED_ROWS}")
         if self.length > CHECKED_LENGTH:
             found.append(f"{self.length} tokens a row: checked up to {CHECKED_LENGTH}")
-        if not optimizer_bytes(self.optimizer, [], self.choices.device)[1]:
+        if not optimizer_bytes(self.optimizer, [])[1]:
             found.append(f"optimizer {self.optimizer}: counted as AdamW")
+        return found + self._not_planned()
+
+    def _not_planned(self) -> list[str]:
+        """Settings that change the memory and are not part of a rehearsal."""
+        training = self.choices.training
+        how = training.get("activation_checkpointing_kwargs") or {}
+        asked = {
+            "training.activation_offloading": training.get("activation_offloading"),
+            "training.activation_checkpointing_kwargs.offload": how.get("offload"),
+            "training.activation_checkpointing_kwargs.selective": how.get("selective"),
+            "training.label_smoothing_factor": training.get("label_smoothing_factor"),
+            "training.torch_compile": training.get("torch_compile"),
+            "model.max_memory": self.recipe.get("model.max_memory"),
+            "the checkpoint's own quantization": getattr(self.config, "quantization_config", None),
+        }
+        found = [f"{name}: not planned, counted as if it were not there" for name, value in asked.items() if value]
+        if "flash" in str(self.recipe.get("model.attn_implementation")):
+            found.append("model.attn_implementation: counted as sdpa, which holds a mask for padded or packed rows")
         return found
 
     def most_rows(self, limit: int | None = None) -> int:
@@ -207,20 +230,33 @@ class Estimate:
             parts["optimizer_states"] = self._with_masters(states) // count
             parts["base_weights"] = self._shared_weights(count)
         elif sharding == "fsdp2":
+            if self._mixed():  # accelerate makes what is trained float32
+                trained = sum(4 * parameter.numel() for parameter in self.trained)
+                parts |= {"gradients": trained, "adapter": trained if lora else 0}
+                parts["optimizer_states"] = optimizer_bytes(self.optimizer, map(_float32, self.trained))[0]
             parts = {name: size // count for name, size in parts.items()}
             parts["base_weights"] = self._shared_weights(count)
+        elif sharding == "layers":  # `device_map: auto`: each device holds its share of the layers, and all of theirs
+            parts = {name: size // count for name, size in parts.items()}
         return parts
 
+    def _mixed(self) -> bool:
+        return self.bf16 or bool(self.choices.training.get("fp16"))
+
     def _with_masters(self, states: int) -> int:
-        """DeepSpeed's 16-bit engines train on float32 copies of the trained weights."""
-        masters = sum(4 * parameter.numel() for parameter in self.trained if parameter.element_size() < 4 or self.bf16)
-        return states + masters
+        """DeepSpeed's 16-bit engines keep float32 copies of what is trained, and float32 states."""
+        if not self._mixed():
+            return states
+        masters = sum(4 * parameter.numel() for parameter in self.trained)
+        return masters + optimizer_bytes(self.optimizer, map(_float32, self.trained))[0]
 
     def _shared_weights(self, count: int) -> int:
         """Weights of which each device holds a share; packed 4-bit ones are shared only when stored in a float type."""
         storage = self.choices.quantization.get("bnb_4bit_quant_storage") or "uint8"
         whole = self.weights["quantized"] if storage in ("uint8", "int8") else 0
         rest = self.weights["quantized"] - whole + self.weights["kept"]
+        if not self.recipe.section("lora") and self.target.sharding == "fsdp2" and self._mixed():
+            rest = 4 * self.base_parameters
         return whole + rest // count + self.weights["buffers"]
 
     def _sharing(self, certain: Mapping[str, int]) -> dict[str, int]:
@@ -228,7 +264,10 @@ class Estimate:
         if self.target.sharding == "ddp":
             return {"communication": certain["gradients"]}
         if self.target.sharding in ("fsdp2", "zero3"):
-            return {"communication": 2 * self.largest_layer}  # the one that computes and the next
+            # The layer that computes and the next; what lies outside the layers is gathered for the whole pass.
+            return {"communication": 2 * self.largest_layer + self.outside_layers}
+        if self.target.sharding == "layers":
+            return {"communication": self.largest_layer}  # layers are not cut: a device may hold one more
         if self.target.sharding == "zero2":
             hidden = getattr(self.config.get_text_config(), "hidden_size", 4096)
             return {"communication": 2 * hidden * hidden * 2}  # two buckets of hidden x hidden 16-bit values ("auto")
@@ -240,3 +279,7 @@ class Estimate:
             return 0
         rows = training.get("per_device_eval_batch_size", DEVICE_BATCH)
         return self.rehearsal.evaluation_peak(rows, replace(step, length=self.length, packed=False, padded=False))
+
+
+def _float32(parameter: torch.Tensor) -> torch.Tensor:
+    return torch.empty(parameter.shape, dtype=torch.float32, device="meta")

@@ -59,14 +59,15 @@ class Rehearsal:
 
     Args:
         model: on the meta device, with its adapter; it is taken over and cut to the layers that differ.
+        every: of so many layers one is checkpointed, where any is (`every_n_layers`).
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, every: int = 1) -> None:
         self.model = model
         self.base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         layers = layers_of(self.base)
-        kinds = [_kind(layer, index, self.base.config) for index, layer in enumerate(layers)]
+        kinds = [(*_kind(layer, index, self.base.config), index % every == 0) for index, layer in enumerate(layers)]
         kept = _distinct(kinds)
         # For each layer of the whole model: the kept one that stands for it. The first has no input with a gradient.
         self.order = [0] + [kinds.index(kind, 1) for kind in kinds[1:]]

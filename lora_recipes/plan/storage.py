@@ -1,6 +1,6 @@
 """Bytes that do not depend on the rows: weights as they are stored, adapter, gradients, optimizer states."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from math import ceil
 from typing import Any
 
@@ -18,8 +18,6 @@ SMALLEST_8BIT = 4096  # below, they keep 32-bit states (bitsandbytes.optim.optim
 TORCH_STATES = {
     "adamw_torch": 2,
     "adamw_torch_fused": 2,
-    "ademamix": 3,
-    "lion_32bit": 1,
     "adagrad": 1,
     "rmsprop": 1,
     "sgd": 0,
@@ -66,18 +64,14 @@ def quantized_bytes(weights: int, rows: int, quantization: dict[str, Any]) -> in
 
 
 def weight_bytes(model: PreTrainedModel, quantization: dict[str, Any]) -> dict[str, int]:
-    """Bytes of the base as loaded: {"quantized", "kept", "buffers", "largest"}, tied weights once.
-
-    "largest" is the biggest quantized layer, opened to 16 bits.
-    """
-    four = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
-    closed = set(quantizable(model, quantization.get("llm_int8_skip_modules"))) if four else set()
-    found = {"quantized": 0, "kept": 0, "buffers": 0, "largest": 0}
+    """Bytes of the base as loaded: {"quantized", "kept", "buffers"}, tied weights once."""
+    packed = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
+    closed = set(quantizable(model, quantization.get("llm_int8_skip_modules"))) if packed else set()
+    found = {"quantized": 0, "kept": 0, "buffers": 0}
     for name, parameter in model.named_parameters():
         module, _, last = name.rpartition(".")
         if module in closed and last == "weight":
             found["quantized"] += quantized_bytes(parameter.numel(), parameter.shape[0], quantization)
-            found["largest"] = max(found["largest"], 2 * parameter.numel())
         else:
             found["kept"] += parameter.numel() * parameter.element_size()
     found["buffers"] = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
@@ -89,11 +83,11 @@ def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def optimizer_bytes(name: str, parameters: Iterable[torch.Tensor], device: str) -> tuple[int, bool]:
+def optimizer_bytes(name: str, parameters: Iterable[torch.Tensor], wide: Container[int] = ()) -> tuple[int, bool]:
     """(bytes of the states after the first step, whether this optimizer is known); an unknown one counts as AdamW's.
 
     Args:
-        device: "cpu" has no pages, and bitsandbytes' 32-bit states are the same there.
+        wide: ids of parameters that keep 32-bit states in an 8-bit optimizer: embeddings (transformers.Trainer).
     """
     total = 0
     known = name in TORCH_STATES or name in BNB_STATES or name in BNB_8BIT_STATES or name == "adafactor"
@@ -104,7 +98,7 @@ def optimizer_bytes(name: str, parameters: Iterable[torch.Tensor], device: str) 
             total += 4 * (count // shape[-1] + count // shape[-2]) if len(shape) >= 2 else 4 * count
         elif name in BNB_8BIT_STATES:
             states = BNB_8BIT_STATES[name]
-            small = count < SMALLEST_8BIT
+            small = count < SMALLEST_8BIT or id(parameter) in wide
             total += states * (4 * count if small else count + 4 * ceil(count / OPTIMIZER_BLOCK))
         elif name in BNB_STATES:
             total += BNB_STATES[name] * 4 * count

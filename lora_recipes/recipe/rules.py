@@ -41,6 +41,11 @@ def rule_problems(root: Node, file: str) -> list[Problem]:
     return problems
 
 
+def broken_rules(values: Values) -> list[Finding]:
+    """What the rules find in the plain values of a recipe."""
+    return [found for rule in RULES for found in rule(values)]
+
+
 def _sources(values: Values) -> list[tuple[str, dict[str, Any]]]:
     """(dotted key, keys) of each source, whether `dataset` is one mapping or a list of them."""
     dataset = values.get("dataset", {})
@@ -100,12 +105,6 @@ def _lora_targets(values: Values) -> Iterator[Finding]:
         )
     if lora.get("task_type") not in (None, "CAUSAL_LM"):
         yield Finding("lora.task_type", "must be CAUSAL_LM: recipes fine-tune causal language models")
-    if lora.get("target_parameters") and lora.get("lora_dropout"):
-        yield Finding(
-            "lora.lora_dropout",
-            "does not go with `lora.target_parameters`: PEFT has no dropout on expert weights",
-            "write `lora_dropout: 0.0`",
-        )
 
 
 def _full(values: Values) -> Iterator[Finding]:
@@ -148,8 +147,42 @@ def _first_weights(values: Values) -> Iterator[Finding]:
             "`loftq` makes up for what quantization takes from a weight, and nothing is quantized",
             "extend base/qlora.yaml, or drop it",
         )
+    if start == "loftq" and quantization and quantization.get("load_in_8bit"):
+        yield Finding("lora.init_lora_weights", "`loftq` is for 4 bits; 8 bits lose too little", "drop it")
     if lora.get("eva_config") is not None and start != "eva":
         yield Finding("lora.eva_config", "has no effect without `init_lora_weights: eva`", "set it, or drop this")
+
+
+def _first_weights_together(values: Values) -> Iterator[Finding]:
+    lora = values.get("lora") or {}
+    start = str(lora.get("init_lora_weights"))
+    splits = start.startswith(("pissa", "olora"))
+    if (splits or start in ("eva", "loftq")) and lora.get("target_parameters"):
+        yield Finding(
+            "lora.init_lora_weights",
+            f"`{start}` is computed from matrices, and `lora.target_parameters` names stacks of them",
+            "drop one",
+        )
+    if start == "eva" and lora.get("trainable_token_indices"):
+        yield Finding(
+            "lora.init_lora_weights",
+            "`eva` does not go with `lora.trainable_token_indices`: PEFT looks for directions in the embedding too, "
+            "and finds none",
+            "drop one",
+        )
+    if splits and lora.get("use_rslora") and (lora.get("rank_pattern") or lora.get("alpha_pattern")):
+        yield Finding(
+            "lora.use_rslora",
+            f"does not go with `{start}` and a `rank_pattern` or `alpha_pattern`: PEFT cannot make such an adapter fit the "
+            "untouched base when it is published",
+            "drop the pattern, or `use_rslora`",
+        )
+    if splits and lora.get("layer_replication"):
+        yield Finding(
+            "lora.layer_replication",
+            f"does not go with `{start}`: layers that share a weight would each take their part out of it",
+            "drop one",
+        )
 
 
 def _adapter_optimizers(values: Values) -> Iterator[Finding]:
@@ -174,6 +207,28 @@ def _adapter_optimizers(values: Values) -> Iterator[Finding]:
             "has no effect with `training.lorafa`, which is an AdamW of its own, on projected gradients",
             "write `optim: adamw_torch`, or drop it",
         )
+    if fixed and training.get("optim_args"):
+        yield Finding("training.optim_args", "has no effect with `training.lorafa`", "drop it")
+    if plus and str(training.get("optim")).startswith(("galore", "apollo", "lomo", "adalomo")):
+        yield Finding(
+            "training.optim",
+            "groups weights in its own way, so `training.loraplus_lr_ratio` would have no effect",
+            "write `optim: adamw_torch`, or drop the ratio",
+        )
+
+
+def _only_b(values: Values) -> Iterator[Finding]:
+    """LoRA-FA pairs each A with the B that follows it; anything between them would be taken for one of the two."""
+    lora = values.get("lora") or {}
+    if not values.get("training", {}).get("lorafa"):
+        return
+    for key in ("use_dora", "lora_bias", "target_parameters"):
+        if lora.get(key):
+            yield Finding(
+                "training.lorafa", f"does not go with `lora.{key}`: it trains plain pairs of A and B", "drop one"
+            )
+    if lora.get("init_lora_weights") == "mica":
+        yield Finding("training.lorafa", "trains B alone, and `init_lora_weights: mica` A alone", "drop one")
 
 
 def _evaluation(values: Values) -> Iterator[Finding]:
@@ -409,7 +464,9 @@ RULES: list[Callable[[Values], Iterator[Finding]]] = [
     _lora_targets,
     _full,
     _first_weights,
+    _first_weights_together,
     _adapter_optimizers,
+    _only_b,
     _evaluation,
     _packing,
     _remote_code,

@@ -11,7 +11,7 @@ from lora_recipes import console
 from lora_recipes.console import gib
 from lora_recipes.errors import LoraRecipesError, MachineError, out_of_memory
 from lora_recipes.model.machine import choose
-from lora_recipes.plan import Estimate, config_of, half_the_rows, target_of, ways_out
+from lora_recipes.plan import Estimate, config_of, half_the_rows, target_for, ways_out
 from lora_recipes.recipe import Recipe, load_recipe
 from lora_recipes.run_dir import RunDir
 from lora_recipes.train.preflight import Ready
@@ -94,7 +94,7 @@ def explained(error: BaseException, recipe: Recipe, shape: tuple[int, ...] | Non
 
 
 def _planned(recipe: Recipe, shape: tuple[int, ...] | None) -> Iterator[str]:
-    target = target_of(None, None, None)
+    target = target_for(recipe)
     config = config_of(recipe)
     estimate = Estimate(recipe, config, target)
     rows, length = shape or (estimate.rows, estimate.length)

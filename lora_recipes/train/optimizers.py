@@ -5,8 +5,13 @@ from typing import Any
 
 from peft import PeftModel
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from peft.tuners.lora.layer import Embedding, ParamWrapper
 from torch.optim import Optimizer
 from transformers import Trainer
+
+from lora_recipes.errors import RecipeError
+from lora_recipes.model.build import freeze_first_matrices
+from lora_recipes.recipe import Recipe
 
 # Keys of `training` that no config class owns: arguments of PEFT's two functions, and the name of the second.
 OPTIMIZER_KEYS = ("loraplus_lr_ratio", "loraplus_lr_embedding", "lorafa")
@@ -35,9 +40,19 @@ def adapter_optimizer(trainer: Trainer, model: PeftModel, settings: Mapping[str,
     )
 
 
-def freeze_what_never_moves(model: PeftModel, settings: Mapping[str, Any]) -> None:
-    """LoRA-FA trains B alone. Done before the first count of what is trained; PEFT does it when training begins."""
-    if settings.get("lorafa"):
-        for name, parameter in model.named_parameters():
-            if "lora_A" in name:
-                parameter.requires_grad_(False)
+def freeze_what_never_moves(model: PeftModel, recipe: Recipe, settings: Mapping[str, Any]) -> None:
+    """LoRA-FA trains B alone. Done before the first count of what is trained; PEFT does it when training begins.
+
+    Raises:
+        RecipeError: an adapter that LoRA-FA cannot train: on an embedding (its A starts at zero) or on experts (one A
+            of all experts would be projected on as one).
+    """
+    if not settings.get("lorafa"):
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, (Embedding, ParamWrapper)):
+            raise RecipeError(
+                f"{recipe.where('training.lorafa')}: LoRA-FA cannot train the adapter of {name}, which is no linear "
+                "layer; set lora.target_modules without it, or drop `lorafa`"
+            )
+    freeze_first_matrices(model)

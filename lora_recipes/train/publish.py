@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_recipes import console
@@ -60,8 +61,12 @@ def _adapter(trainer: RecipeTrainer, run_dir: RunDir, recipe: Recipe, main: bool
 
 def _fit_the_untouched_base(trainer: RecipeTrainer, initial: Path, staging: Path) -> None:
     """Replace the adapter of a base that was split by a plain one of twice the rank: s B A - s B0 A0."""
+    weights = staging / "adapter_model.safetensors"
+    trained = load_file(weights)
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.save_pretrained(str(staging), path_initial_model_for_weight_conversion=str(initial))
+    # PEFT converts A and B and drops all else that was trained: DoRA's lengths, rows of the embedding, whole modules.
+    save_file(trained | load_file(weights), weights, metadata={"format": "pt"})
 
 
 def _model(

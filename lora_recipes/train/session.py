@@ -26,7 +26,7 @@ from lora_recipes.train.preflight import Ready, data_hashes
 from lora_recipes.train.probe import LongestFirst
 from lora_recipes.train.publish import publish
 from lora_recipes.train.record import RecordCallback, write_manifest, write_status
-from lora_recipes.train.trainer import RecipeTrainer, build_trainer, training_arguments
+from lora_recipes.train.trainer import RecipeTrainer, build_trainer, refuse_sharded, training_arguments
 from lora_recipes.trained import require_same_tokens
 
 # Layers that read position ids; what else a config names as a layer type carries a state.
@@ -55,6 +55,7 @@ def train(recipe: Recipe, ready: Ready, resume: bool) -> None:
     run_dir, choices = RunDir.of(recipe.name), ready.choices
     with refusals_of(recipe, "training"):
         args = training_arguments(choices.training, run_dir)  # before the model: DeepSpeed hooks its loading here
+    refuse_sharded(recipe, args)
     with PartialState().main_process_first():  # one rank unpacks, the others find it in the cache
         source = materialise(ready.source)
     tokenizer = load_tokenizer(recipe, source)

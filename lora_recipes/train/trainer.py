@@ -23,6 +23,7 @@ from lora_recipes.model.initialise import (
     go_on,
     needs_whole_weights,
     require_float32,
+    require_matrices,
     starting_config,
 )
 from lora_recipes.model.machine import Choice, Choices
@@ -131,7 +132,7 @@ def build_trainer(
             the adapter's first weights cannot be computed.
     """
     section = recipe.section("lora")
-    _refuse_sharded(recipe, args, section)
+    refuse_sharded(recipe, args)
     require_float32(recipe, model)
     with refusals_of(recipe, "training"):
         trainer = RecipeTrainer(
@@ -145,6 +146,7 @@ def build_trainer(
         )
     _keep_adapter_precision(trainer, choices)
     if needs_whole_weights(section):
+        require_matrices(trainer.model, recipe)
         if last is None:
             looks = section["init_lora_weights"] == "eva"
             begin(trainer.model, recipe, choices, _training_batches(trainer, EVA_BATCHES) if looks else [])
@@ -152,18 +154,27 @@ def build_trainer(
             go_on(trainer.model, recipe, last)
         set_seed(args.seed)  # from here on a run that begins and one that goes on draw the same numbers
     trainer.optimizer_settings = {key: choices.training[key] for key in OPTIMIZER_KEYS if choices.training.get(key)}
-    freeze_what_never_moves(trainer.model, trainer.optimizer_settings)
+    freeze_what_never_moves(trainer.model, recipe, trainer.optimizer_settings)
     return trainer
 
 
-def _refuse_sharded(recipe: Recipe, args: SFTConfig, section: dict[str, Any]) -> None:
-    sharded = args.deepspeed_plugin is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
-    if sharded and needs_whole_weights(section):
-        raise RecipeError(
-            f"{recipe.where('lora.init_lora_weights')}: `init_lora_weights: {section['init_lora_weights']}` is computed from "
-            "whole weights, which no process of an FSDP or DeepSpeed run has; launch with accelerate_configs/ddp.yaml, or "
-            "drop the key"
+def refuse_sharded(recipe: Recipe, args: SFTConfig) -> None:
+    """Raises RecipeError where FSDP or DeepSpeed would take apart what a method needs whole."""
+    if args.deepspeed_plugin is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("1", "true"):
+        return
+    if needs_whole_weights(recipe.section("lora")):
+        key, what = (
+            "lora.init_lora_weights",
+            f"`init_lora_weights: {recipe.get('lora.init_lora_weights')}` is computed from",
         )
+    elif recipe.get("training.lorafa"):
+        key, what = "training.lorafa", "LoRA-FA projects its gradients on"
+    else:
+        return
+    raise RecipeError(
+        f"{recipe.where(key)}: {what} whole weights, which no process of an FSDP or DeepSpeed run has; launch with "
+        "accelerate_configs/ddp.yaml, or drop the key"
+    )
 
 
 def _training_batches(trainer: RecipeTrainer, count: int) -> list[dict[str, torch.Tensor]]:

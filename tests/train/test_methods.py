@@ -34,6 +34,21 @@ FIRST_WEIGHTS: dict[str, dict[str, Any]] = {
     "eva": {"lora": {"init_lora_weights": "eva", "eva_config": {"rho": 1.5}}, **WHOLE},
     "loftq": {"lora": {"init_lora_weights": "loftq"}, "quantization": NF4, **WHOLE},
 }
+# With what else an adapter may hold: lengths of columns, whole modules, rows of the embedding, ranks of their own.
+TOGETHER: dict[str, dict[str, Any]] = {
+    "pissa, dora": {"lora": {"init_lora_weights": "pissa", "use_dora": True}, **WHOLE},
+    "pissa, tokens": {"lora": {"init_lora_weights": "pissa", "trainable_token_indices": [1, 2]}, **WHOLE},
+    "pissa, a whole head": {"lora": {"init_lora_weights": "pissa", "modules_to_save": ["lm_head"]}, **WHOLE},
+    "pissa, rslora": {"lora": {"init_lora_weights": "pissa", "use_rslora": True}, **WHOLE},
+    "pissa, lorafa": {"lora": {"init_lora_weights": "pissa"}, "training": {"lorafa": True}, **WHOLE},
+    "olora, ranks": {
+        "lora": {"init_lora_weights": "olora", "rank_pattern": {"q_proj": 6}, "alpha_pattern": {"v_proj": 4}},
+        **WHOLE,
+    },
+    "eva, dora": {"lora": {"init_lora_weights": "eva", "eva_config": {"rho": 1.5}, "use_dora": True}, **WHOLE},
+    "eva, quantized": {"lora": {"init_lora_weights": "eva"}, "quantization": NF4, **WHOLE},
+    "loftq, dora": {"lora": {"init_lora_weights": "loftq", "use_dora": True}, "quantization": NF4, **WHOLE},
+}
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -131,11 +146,11 @@ def test_loftq_starts_nearer_to_the_original_weights_than_the_quantized_ones_are
         torch.testing.assert_close(left, values.norm(), rtol=1e-3, atol=1e-5)  # no rank-r adapter could do better
 
 
-@pytest.mark.parametrize("name", FIRST_WEIGHTS)
+@pytest.mark.parametrize("name", FIRST_WEIGHTS | TOGETHER)
 def test_the_published_adapter_is_the_trained_function_on_the_untouched_base(
     name: str, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ):
-    path = write_recipe(**FIRST_WEIGHTS[name])
+    path = write_recipe(**(FIRST_WEIGHTS | TOGETHER)[name])
     trained = []
     from lora_recipes.train import session
 
@@ -156,7 +171,13 @@ def test_the_published_adapter_is_the_trained_function_on_the_untouched_base(
     assert main(["merge", str(path)]) == 0
 
 
-@pytest.mark.parametrize("name", ["pissa", "olora", "eva", "loftq", "lorafa", "loraplus", "dora", "full"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("pissa", "olora", "eva", "loftq", "lorafa", "loraplus", "dora", "full"),
+        *("pissa, dora", "pissa, tokens", "pissa by iteration", "olora, ranks", "eva, dora", "loftq, dora"),
+    ],
+)
 def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(name: str, write_recipe: Callable[..., Path]):
     others: dict[str, dict[str, Any]] = {
         "lorafa": {"training": {"lorafa": True}},
@@ -164,7 +185,7 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(name: str, write_recip
         "dora": {"lora": {"use_dora": True}},
         "full": {"lora": None, **WHOLE},
     }
-    keys = dict(FIRST_WEIGHTS.get(name) or others[name])
+    keys = dict((FIRST_WEIGHTS | TOGETHER | others)[name])
     keys["training"] = keys.get("training", {}) | {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
     keys["training"] |= {"lr_scheduler_type": "constant"}
     result = "merged/model.safetensors" if name == "full" else "adapter/adapter_model.safetensors"
@@ -199,13 +220,42 @@ def test_a_split_of_16_bit_weights_is_refused(write_recipe: Callable[..., Path])
         make_trainer(path)
 
 
-@pytest.mark.parametrize("method", ["pissa", "eva"])
-def test_first_weights_that_need_whole_matrices_are_refused_where_they_are_sharded(
-    method: str, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["pissa", "olora", "eva", "loftq", "lorafa"])
+def test_what_needs_whole_matrices_is_refused_where_they_are_sharded_before_weights_are_loaded(
+    name: str, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(RecipeError, match=r"tiny.yaml:\d+: .*accelerate_configs/ddp.yaml"):
-        make_trainer(write_recipe(**FIRST_WEIGHTS[method]))
+    monkeypatch.setattr("lora_recipes.train.session.load_base", lambda *args: pytest.fail("weights were loaded"))
+    path = write_recipe(**FIRST_WEIGHTS.get(name, {"training": {"lorafa": True}}))
+    assert launch(str(path), []) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{path}:" in said and "accelerate_configs/ddp.yaml" in said
+
+
+@pytest.mark.parametrize(
+    ("method", "r", "said"),
+    [
+        ("pissa", 33, "k_proj.* set lora.r=32"),  # it gives 32 features
+        ("olora", 33, "k_proj.* set lora.r=32"),
+        ("loftq", 33, "k_proj.* set lora.r=32"),
+        ("eva", 65, "q_proj.* set lora.r=64"),  # it takes 64
+    ],
+)
+def test_a_rank_that_a_matrix_does_not_have_is_refused(
+    method: str, r: int, said: str, write_recipe: Callable[..., Path]
+):
+    keys = FIRST_WEIGHTS[method]
+    with pytest.raises(RecipeError, match=rf"tiny.yaml:\d+: .*{said}"):
+        make_trainer(write_recipe(**keys | {"lora": keys["lora"] | {"r": r}}))
+
+
+@pytest.mark.parametrize("keys", [FIRST_WEIGHTS["pissa"], FIRST_WEIGHTS["eva"], {"training": {"lorafa": True}}])
+def test_an_adapter_of_an_embedding_is_refused_where_a_method_would_leave_it_out(
+    keys: dict[str, Any], write_recipe: Callable[..., Path]
+):
+    lora = keys.get("lora", {}) | {"target_modules": ["q_proj", "embed_tokens"]}
+    with pytest.raises(RecipeError, match=r"tiny.yaml:\d+: .*embed_tokens, which is no linear layer"):
+        make_trainer(write_recipe(**keys | {"lora": lora}))
 
 
 def test_lora_plus_trains_b_faster_than_a(write_recipe: Callable[..., Path]):
@@ -339,6 +389,17 @@ METHODS = sorted(path for path in (ROOT / "recipes").glob("smollm2-135m-*.yaml")
 def test_every_method_is_in_the_guide():
     guide = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert not [path.stem for path in METHODS if f"`{path.stem}`" not in guide]
+
+
+def test_dora_on_loftq_starts_as_the_weight_that_loftq_makes(write_recipe: Callable[..., Path]):
+    """Lengths that were measured before LoftQ would shrink or stretch every column of W_nf4 + s B A."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    trainer = make_trainer(write_recipe(**TOGETHER["loftq, dora"]))
+    for _, layer in layers(trainer.model):
+        made = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        lengths = (dequantize_module_weight(layer.base_layer) + made).norm(dim=1)
+        torch.testing.assert_close(layer.lora_magnitude_vector["default"].weight, lengths, rtol=1e-4, atol=1e-5)
 
 
 def test_first_weights_are_given_once_by_begin(write_recipe: Callable[..., Path]):
