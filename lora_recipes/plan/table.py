@@ -29,6 +29,7 @@ FILES = {
     Path("README.md"): ("recipe", "method", "trained", *CARDS),
     Path("README.zh-CN.md"): ("recipe", "method", "trained", *CARDS),
 }
+TUTORIAL = ("llama2-7b-qlora", "llama2-13b-qlora")
 PLAN_PAGE = Path("docs/plan.md")
 HEADS = {"needs": "GiB on 24 GB", "trained": "trained parameters"}
 
@@ -78,26 +79,27 @@ def tutorial() -> list[str]:
         "| recipe | tokens a row | expected, may come to | fits | largest micro-batch | without checkpointing |",
         "|---|--:|--:|---|--:|--:|",
     ]
+    return lines + [tutorial_row(name, length) for name in TUTORIAL for length in (512, 2048, 4096)]
+
+
+def tutorial_row(name: str, length: int) -> str:
+    """One recipe with rows of one length."""
     target = target_of("24GiB", None, None)
-    for name in ("llama2-7b-qlora", "llama2-13b-qlora"):
-        words = ["training.per_device_train_batch_size=4", "training.activation_checkpointing=true"]
-        recipe = load_recipe(FOLDER / f"{name}.yaml", words)
-        config = config_of(recipe)
-        for length in (512, 2048, 4096):
-            changed = recipe.changed({"training.max_length": length})
-            estimate = Estimate(changed, config, target)
-            memory = estimate.memory()
-            kept = Estimate(changed.changed({"training.activation_checkpointing": False}), config, target).memory()
-            cells = [
-                name,
-                f"{length:,}",
-                f"{memory.expected / GIB:.1f}, {memory.high / GIB:.1f} GiB",
-                "yes" if memory.high <= target.memory else "no",
-                str(estimate.most_rows()),
-                f"{kept.expected / GIB:.1f} GiB",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    words = ["training.per_device_train_batch_size=4", f"training.max_length={length}"]
+    recipe = load_recipe(FOLDER / f"{name}.yaml", [*words, "training.activation_checkpointing=true"])
+    config = config_of(recipe)
+    estimate = Estimate(recipe, config, target)
+    memory = estimate.memory()
+    kept = Estimate(recipe.changed({"training.activation_checkpointing": False}), config, target).memory()
+    cells = [
+        name,
+        f"{length:,}",
+        f"{memory.expected / GIB:.1f}, {memory.high / GIB:.1f} GiB",
+        "yes" if memory.high <= target.memory else "no",
+        str(estimate.most_rows()),
+        f"{kept.expected / GIB:.1f} GiB",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def row_of(path: Path) -> dict[str, str]:
