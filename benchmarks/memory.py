@@ -127,7 +127,7 @@ def predicted(path: Path) -> dict[str, int]:
     step = estimate.step()
     scored = 1 - (int(MASKED * step.length) - 1) / (step.length - 1)  # the first position has no loss anyway
     memory = estimate.memory(replace(step, scored=scored))
-    around = memory.parts["fragmentation"] + memory.parts["runtime"]
+    around = sum(memory.parts.get(part, 0) for part in ("fragmentation", "runtime", "loading"))
     return {"tensors": memory.expected - around, "process": memory.expected}
 
 

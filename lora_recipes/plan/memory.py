@@ -137,6 +137,9 @@ class Estimate:
         }
         parts |= self._sharing(certain)
         coming = parts["activations"] + parts["logits_and_loss"] + parts["evaluation"]
+        loading = self._loading() - sum(certain.values()) - coming
+        if loading > 0:
+            parts["loading"] = loading
         name, once, once_high = ONCE[self.choices.device]
         share, share_high = FRAGMENTATION[self.choices.device]
         parts |= {name: once, "fragmentation": int(share * coming)}
@@ -272,6 +275,13 @@ class Estimate:
             hidden = getattr(self.config.get_text_config(), "hidden_size", 4096)
             return {"communication": 2 * hidden * hidden * 2}  # two buckets of hidden x hidden 16-bit values ("auto")
         return {}
+
+    def _loading(self) -> int:
+        """What a CPU holds while weights are quantized: the mapped file, and what is made of it (benchmarks/memory.py)."""
+        if self.target.gpu or not self.weights["quantized"]:
+            return 0
+        stored = getattr(torch, str(self.config.dtype or torch.float32).removeprefix("torch."))
+        return self.base_parameters * stored.itemsize + self.weights["quantized"]
 
     def _evaluation(self, step: Step) -> int:
         training = self.choices.training
