@@ -239,7 +239,7 @@ def plan(name: str, found: dict[str, Any]) -> None:
     if "max_micro_batch" in found:
         said.append(("largest micro-batch", f"{found['max_micro_batch']} rows of {step['length']:,} tokens"))
     if found["required"]:
-        said.append(("needed here", _settings(found["required"])))
+        said.append(("needed here", settings(found["required"])))
     facts("Does it fit?", said)
     if not target["measured"]:
         say("CUDA context, fragmentation and kernels are not measured but assumed: see docs/plan.md.", "yellow")
@@ -249,7 +249,7 @@ def plan(name: str, found: dict[str, Any]) -> None:
         say(f"note: {note}", "yellow")
     for suggestion in found.get("suggestions", []):
         fits = "fits" if suggestion["fits"] else "not yet enough"
-        say(f"{_settings(suggestion['settings'])}", "bold")
+        say(f"{settings(suggestion['settings'])}", "bold")
         say(f"  expected {gib(suggestion['expected'])} GiB, {fits}; it costs {suggestion['costs']}")
     if "cost" in found:
         _cost(found["cost"])
@@ -274,8 +274,9 @@ def _cost(cost: dict[str, Any]) -> None:
     )
 
 
-def _settings(settings: dict[str, Any]) -> str:
-    return " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
+def settings(values: dict[str, Any]) -> str:
+    """Settings as the words that a command takes."""
+    return " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
 
 
 def gib(size: float) -> str:

@@ -13,12 +13,11 @@ from lora_recipes.cli import main
 from lora_recipes.data.files import local_files, sources
 from lora_recipes.model.build import meta_model
 from lora_recipes.model.targets import find_targets
-from lora_recipes.plan import config_of, plan
+from lora_recipes.plan import config_of, facts_file, plan
 from lora_recipes.recipe import Recipe, load_recipe
 from lora_recipes.recipe.nodes import parse_file
 from tests.conftest import ROOT
 from tests.data_room.chat_tokenizers import trl_tokenizer
-from tests.toy import facts_file
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 

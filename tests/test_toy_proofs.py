@@ -14,11 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from lora_recipes.generate import generate
 from lora_recipes.merge import merge
 from lora_recipes.model import package
+from lora_recipes.plan import CONFIGS, facts_file
 from lora_recipes.recipe import Recipe, load_recipe
 from lora_recipes.run_dir import RunDir
 from lora_recipes.train import launch, session
 from tests.conftest import ROOT
-from tests.toy import CONFIGS, facts, facts_file, make_toy, shrink
+from tests.toy import facts, make_toy, shrink
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 ROWS = {"data/orders/train.jsonl": 8, "data/orders/heldout.jsonl": 2, "data/tutorial.jsonl": 8}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
-from lora_recipes.plan import CONFIGS
+from lora_recipes.plan import facts_file, facts_of
 
 HEAD = 16  # head_dim; every width is a multiple of 32, which 4-bit needs
 SMALL = {  # by the name a config class gives it; only those it has
@@ -74,11 +74,6 @@ def _heads(real: PreTrainedConfig) -> dict[str, int]:
     return heads
 
 
-def facts_file(named: str) -> Path:
-    """Where this package keeps the numbers of a hub id."""
-    return CONFIGS / f"{named.replace('/', '--')}.json"
-
-
 def make_toy(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase, end: str | None, folder: Path) -> Path:
     """Write a toy of the architecture `values` to `folder`: random weights, and the tokenizer with `end` as end token."""
     if end and end != tokenizer.eos_token:  # the recipe's own end token, in the place of the demo tokenizer's
@@ -100,4 +95,6 @@ def facts(named: str, demo: Path) -> dict[str, Any]:
     if named.startswith("package:"):
         values = json.loads((demo / "config.json").read_text(encoding="utf-8"))
         return {key: value for key, value in values.items() if key not in ("architectures", "transformers_version")}
-    return json.loads(facts_file(named).read_text(encoding="utf-8"))["config"]
+    known = facts_of(named)
+    assert known, f"add {facts_file(named)}"
+    return known["config"]

@@ -9,12 +9,13 @@ from lora_recipes.plan.advice import Suggestion, half_the_rows, suggestions, way
 from lora_recipes.plan.architecture import CONFIGS, config_of, facts_file, facts_of
 from lora_recipes.plan.cards import Target, target_for, target_of
 from lora_recipes.plan.cost import cost
-from lora_recipes.plan.memory import Estimate, Memory
+from lora_recipes.plan.memory import DEVICE_BATCH, Estimate, Memory
 from lora_recipes.plan.required import required_on
 from lora_recipes.recipe import Recipe
 
 __all__ = [
     "CONFIGS",
+    "DEVICE_BATCH",
     "Estimate",
     "Memory",
     "Suggestion",
@@ -74,7 +75,7 @@ def plan(
     }
     if advise:
         found["max_micro_batch"] = estimate.most_rows()
-        found["suggestions"] = [one.as_json() for one in suggestions(recipe, config, target)]
+        found["suggestions"] = [one.as_json() for one in suggestions(estimate, memory)]
         found["cost"] = cost(recipe, estimate, teraflops)
     return found
 

@@ -4,11 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedConfig
-
-from lora_recipes.plan.cards import Target
 from lora_recipes.plan.memory import Estimate, Memory
-from lora_recipes.recipe import Recipe
 from lora_recipes.recipe.rules import broken_rules
 
 SHORTEST = 128  # tokens; shorter rows than this are no way out
@@ -44,13 +40,15 @@ class Suggestion:
         }
 
 
-def suggestions(recipe: Recipe, config: PreTrainedConfig, target: Target) -> list[Suggestion]:
-    """Changes to make one after the other until the run fits; what saves nothing is left out. [] when it fits as it is."""
-    estimate = Estimate(recipe, config, target)
-    current = estimate.memory()
+def suggestions(estimate: Estimate, current: Memory) -> list[Suggestion]:
+    """Changes to make one after the other until the run fits; what saves nothing is left out. [] when it fits as it is.
+
+    Args:
+        current: what `estimate` says of the recipe as it is.
+    """
     found: list[Suggestion] = []
     for change in (_fitting_rows, *CHANGES, _fitting_rows):
-        if current.high <= target.memory:
+        if current.high <= estimate.target.memory:
             break
         if (tried := _tried(change(estimate), estimate, current)) is not None:
             suggestion, estimate = tried
@@ -59,9 +57,8 @@ def suggestions(recipe: Recipe, config: PreTrainedConfig, target: Target) -> lis
     return found
 
 
-def ways_out(recipe: Recipe, config: PreTrainedConfig, target: Target) -> list[Suggestion]:
+def ways_out(estimate: Estimate) -> list[Suggestion]:
     """Changes that each save memory by themselves, whether or not one is enough; the cheapest first."""
-    estimate = Estimate(recipe, config, target)
     current = estimate.memory()
     tried = (_tried(change(estimate), estimate, current) for change in (_half_the_rows, *CHANGES))
     return [found[0] for found in tried if found is not None]

@@ -125,9 +125,9 @@ class Rehearsal:
         self.base.gradient_checkpointing_disable()
         if step.checkpointing is not None:
             keywords = {"use_reentrant": False} | step.checkpointing | {"preserve_rng_state": False}
-            chosen = {key: keywords.pop(key) for key in ("every_n_layers", "offload") if key in keywords}
-            chosen.pop("offload", None)
-            self.base.activation_checkpointing_enable(activation_checkpointing_kwargs=keywords, **chosen)
+            keywords.pop("offload", None)  # not rehearsed, and said so (`Estimate.extrapolates`)
+            every = keywords.pop("every_n_layers", 1)
+            self.base.activation_checkpointing_enable(activation_checkpointing_kwargs=keywords, every_n_layers=every)
             if self.model is not self.base:
                 self.base.enable_input_require_grads()
         self.model.train()

@@ -1,7 +1,6 @@
 """Memory that ran out: said with the batch that failed and the plan's numbers, or answered with smaller micro-batches."""
 
 import gc
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -11,13 +10,12 @@ from lora_recipes import console
 from lora_recipes.console import gib
 from lora_recipes.errors import LoraRecipesError, MachineError, out_of_memory
 from lora_recipes.model.machine import choose
-from lora_recipes.plan import Estimate, config_of, half_the_rows, target_for, ways_out
+from lora_recipes.plan import DEVICE_BATCH, Estimate, config_of, half_the_rows, target_for, ways_out
 from lora_recipes.recipe import Recipe, load_recipe
 from lora_recipes.run_dir import RunDir
 from lora_recipes.train.preflight import Ready
 from lora_recipes.train.record import write_status
 
-DEVICE_BATCH = 8  # TrainingArguments' own default
 SUGGESTED = 3  # settings that a message names
 
 Training = Callable[[Recipe, Ready, bool], None]
@@ -94,18 +92,15 @@ def explained(error: BaseException, recipe: Recipe, shape: tuple[int, ...] | Non
 
 
 def _planned(recipe: Recipe, shape: tuple[int, ...] | None) -> Iterator[str]:
-    target = target_for(recipe)
-    config = config_of(recipe)
-    estimate = Estimate(recipe, config, target)
+    estimate = Estimate(recipe, config_of(recipe), target_for(recipe))
     rows, length = shape or (estimate.rows, estimate.length)
     memory = estimate.memory(replace(estimate.step(), rows=rows, length=length))
     named = ", ".join(f"{name.replace('_', ' ')} {gib(size)}" for name, size in memory.parts.items() if size)
     yield f"Planned for this batch: {gib(memory.expected)} GiB, up to {gib(memory.high)} ({named})."
-    found = ways_out(recipe, config, target)[:SUGGESTED]
+    found = ways_out(estimate)[:SUGGESTED]
     if found:
         ways = (
-            f"{' '.join(f'{key}={json.dumps(value)}' for key, value in way.settings.items())} "
-            f"({gib(way.memory.expected)} GiB for the longest rows; costs {way.costs})"
+            f"{console.settings(way.settings)} ({gib(way.memory.expected)} GiB for the longest rows; costs {way.costs})"
             for way in found
         )
         yield f"What helps, cheapest first: {'; '.join(ways)}."
