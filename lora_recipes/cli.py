@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_recipes import __version__, process
-from lora_recipes.errors import EXIT_DONE, EXIT_USER, LoraRecipesError, RunError, machine_fault
+from lora_recipes.errors import EXIT_DONE, EXIT_REFUSED, EXIT_USER, LoraRecipesError, RunError, machine_fault
 from lora_recipes.recipe import InvalidRecipe, Recipe, load_recipe
 
 Result = dict[str, Any]
@@ -25,7 +25,17 @@ ONLY_FOR = {
     "--tflops": "plan",
     "--table": "plan",
     "--apply": "plan",
+    "--force": "generate chat evaluate merge",
+    "--served": "generate",
+    "--adapter": "chat",
+    "--mix": "evaluate",
+    "--tasks": "evaluate",
+    "--include_path": "evaluate",
+    "--adapters": "merge",
+    "--method": "merge",
+    "--dry_run": "push",
 }
+COMBINATIONS = ("svd", "linear", "ties", "dare_ties")
 EXIT_CODES = "0 done, 2 recipe or data wrong, 3 machine lacks something, 4 refused, 1 a bug of ours"
 
 
@@ -76,6 +86,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tflops", type=_rate, metavar="T", help="plan: 1e12 operations a second that one reaches")
     parser.add_argument("--apply", metavar="NAME", help="plan: write what it suggests as a recipe of that name")
     parser.add_argument("--table", action="store_true", help="plan: all recipes against common cards, into the docs")
+    parser.add_argument("--force", action="store_true", help="use an adapter on another base than it was trained on")
+    parser.add_argument("--served", action="store_true", help="generate: ask the merged model through a server too")
+    parser.add_argument("--adapter", action="append", metavar="NAME=PATH", help="chat: one more adapter to swap in")
+    parser.add_argument("--mix", metavar="NAME", help="evaluate: write a recipe NAME that mixes in general rows")
+    parser.add_argument("--tasks", metavar="A,B", help="evaluate: benchmarks of lm-eval (an extra) to run as well")
+    parser.add_argument("--include_path", metavar="DIR", help="evaluate: folder of local task files for --tasks")
+    parser.add_argument("--adapters", nargs="+", metavar="NAME=WEIGHT", help="merge: several adapters, weighted")
+    parser.add_argument("--method", choices=COMBINATIONS, help="merge: how --adapters are combined (svd)")
+    parser.add_argument("--dry_run", action="store_true", help="push: say what would be uploaded, send nothing")
     parser.add_argument("-n", type=_count, metavar="N", help="preview: how many rows (5)")
     parser.add_argument("--row", type=_count, metavar="K", help="preview: the training row with this number, from 1")
     parser.add_argument("--html", action="store_true", help="preview: also write the rows to outputs/NAME/preview.html")
@@ -270,12 +289,35 @@ def preview(args: argparse.Namespace) -> int:
 
 
 def generate(args: argparse.Namespace) -> int:
-    """ask base, adapter and merged model the same questions, and score them"""
+    """ask base, adapter and merged model the same questions, score them, hold them against `checks`"""
     recipe = _recipe(args)
     from lora_recipes.generate import generate as run
 
-    _emit(args, run(recipe))
+    found = run(recipe, force=args.force, served=args.served)
+    _emit(args, found)
+    return EXIT_REFUSED if found["failed"] else EXIT_DONE
+
+
+def chat(args: argparse.Namespace) -> int:
+    """talk to the trained model in the terminal, and swap adapters while you do"""
+    if args.json:
+        raise RunError("`chat` is a conversation and has no --json; `generate --json` asks the recipe's prompts")
+    recipe = _recipe(args)
+    from lora_recipes.chat import chat as run
+
+    run(recipe, args.adapter or [], force=args.force)
     return EXIT_DONE
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """loss on held-out rows and on general text, before and after; the verdict"""
+    recipe = _recipe(args)
+    from lora_recipes.evaluate import evaluate as run
+
+    tasks = args.tasks.split(",") if args.tasks else []
+    found = run(recipe, force=args.force, mix=args.mix, tasks=tasks, include_path=args.include_path)
+    _emit(args, found)
+    return EXIT_DONE if found["passed"] else EXIT_REFUSED
 
 
 def merge(args: argparse.Namespace) -> int:
@@ -283,7 +325,27 @@ def merge(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     from lora_recipes.merge import merge as run
 
+    if args.method and not args.adapters:
+        raise RunError("`--method` says how `--adapters` are combined; name them: --adapters a=0.7 b=0.3")
+    _emit(args, run(recipe, force=args.force, adapters=args.adapters or [], method=args.method or COMBINATIONS[0]))
+    return EXIT_DONE
+
+
+def export(args: argparse.Namespace) -> int:
+    """write the merged model for other engines: GGUF, Ollama, an adapter that vLLM loads"""
+    recipe = _recipe(args)
+    from lora_recipes.export import export as run
+
     _emit(args, run(recipe))
+    return EXIT_DONE
+
+
+def push(args: argparse.Namespace) -> int:
+    """upload adapter, merged model or exports to the hub, with card and manifest"""
+    recipe = _recipe(args)
+    from lora_recipes.push import push as run
+
+    _emit(args, run(recipe, dry_run=args.dry_run))
     return EXIT_DONE
 
 
@@ -302,5 +364,21 @@ def status(args: argparse.Namespace) -> int:
 
 
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
-    verb.__name__: verb for verb in (check, show, new, plan, audit, preview, train, generate, merge, status)
+    verb.__name__: verb
+    for verb in (
+        check,
+        show,
+        new,
+        plan,
+        audit,
+        preview,
+        train,
+        generate,
+        chat,
+        evaluate,
+        merge,
+        export,
+        push,
+        status,
+    )
 }

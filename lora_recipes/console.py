@@ -177,34 +177,33 @@ def table(
 
 
 def scores(by_model: dict[str, dict[str, Any]]) -> None:
-    """One row a model: exact match, fields right, ended by itself."""
+    """One row a model: what of the held-out rows is right, and how all answers ended."""
 
     def percent(share: float | None) -> str:
         return "—" if share is None else f"{100 * share:.1f} %"
 
-    table(
-        "Held-out rows",
-        ["model", "exact match", "fields right", "stopped by eos"],
-        [
-            [
-                who,
-                percent(values["exact_match"]),
-                percent(values["field_match"]),
-                percent(values["stopped_by_eos"]),
-            ]
-            for who, values in by_model.items()
-        ],
-    )
+    measured = {
+        "exact match": "exact_match",
+        "fields right": "field_match",
+        "token F1": "token_f1",
+        "stopped by eos": "stopped_by_eos",
+        "ended cleanly": "stops",
+    }
+    rows = [[who, *(percent(values[key]) for key in measured.values())] for who, values in by_model.items()]
+    table("Held-out rows and how answers end", ["model", *measured], rows)
+
+
+def gates(held: dict[str, bool | None], verdict: str) -> None:
+    """The gates of a run, and what follows."""
+    marks = {True: "held", False: "FAILED", None: "not measured"}
+    facts("Verdict", [*((gate.replace("_", " "), marks[found]) for gate, found in held.items()), ("verdict", verdict)])
 
 
 def status(name: str, found: dict[str, Any]) -> None:
     """How a run stands: gates, scores, what to type next."""
-    marks = {True: "held", False: "FAILED", None: "not tried yet"}
     steps = f"step {found['step']} of {found['max_steps']}" if found["max_steps"] else "no step"
-    rows = [("state", f"{found['state']}, {steps}")]
-    rows += [(gate.replace("_", " "), marks[held]) for gate, held in found["gates"].items()]
-    rows += [("verdict", found["verdict"]), ("files", found["folder"])]
-    facts(name, rows)
+    facts(name, [("state", f"{found['state']}, {steps}"), ("files", found["folder"])])
+    gates(found["gates"], found["verdict"])
     if found["scores"]:
         scores(found["scores"])
     say("Next:", "bold")

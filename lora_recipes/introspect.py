@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_recipes.recipe.vocabulary import (
     BOUNDS,
+    HUB_KEYWORDS,
     MODEL_KEYWORDS,
     OWN_KEYS,
     OWNERS,
@@ -49,7 +50,10 @@ def build_schema() -> dict[str, Any]:
         "dataset": signature_properties(datasets.load_dataset, docstring_properties(datasets.load_dataset)),
         "training": dataclass_properties(SFTConfig),
         "generation": generation_properties(GenerationConfig),
+        "checks": {},
         "merge": SAVE_KEYWORDS,
+        "export": {},
+        "hub": HUB_KEYWORDS,
     }
     sections = {name: _section(name, properties) for name, properties in owned.items()}
     source = sections["dataset"] | {"type": "object"}

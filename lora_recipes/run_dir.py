@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 from weakref import WeakSet
 
-from lora_recipes.errors import MachineError, RunError
+from lora_recipes.errors import MachineError, RefusedError, RunError
 
 OUTPUTS = Path("outputs")  # relative to the working folder, like every path a recipe names
 READABLE = 0o666  # mode of files, of which the umask takes its share
@@ -60,6 +60,19 @@ class RunDir:
         return self.root / "merged"
 
     @property
+    def combined(self) -> Path:
+        """The adapter that `merge --adapters` made of several."""
+        return self.root / "combined"
+
+    @property
+    def exports(self) -> Path:
+        return self.root / "exports"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation.json"
+
+    @property
     def generations(self) -> Path:
         return self.root / "generations.jsonl"
 
@@ -99,6 +112,19 @@ class RunDir:
         if not (self.adapter / "adapter_config.json").is_file():
             raise RunError(
                 f"{self.adapter}: no trained adapter yet; train it first: accelerate launch run.py {recipe_path}"
+            )
+
+    def require_trained(self, recipe_path: Path, *, adapter: bool) -> None:
+        """Raises RunError, with the training command, when there is nothing trained.
+
+        Args:
+            adapter: whether the recipe trains an adapter; else training leaves the whole model in `merged/`.
+        """
+        if adapter:
+            self.require_adapter(recipe_path)
+        elif not (self.merged / "config.json").is_file():
+            raise RunError(
+                f"{self.merged}: no trained model yet; train it first: accelerate launch run.py {recipe_path}"
             )
 
     def complete_checkpoints(self) -> list[Path]:
@@ -237,7 +263,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def published(folder: Path, *, private: bool = False) -> Iterator[Path]:
+def published(folder: Path, *, private: bool = False, resumes: bool = False) -> Iterator[Path]:
     """A staging folder that becomes `folder` when the block ends well, and is removed when it does not.
 
     Files are made readable (safetensors writes mode 0600), fsynced, and the folder appears by one rename.
@@ -245,10 +271,13 @@ def published(folder: Path, *, private: bool = False) -> Iterator[Path]:
 
     Args:
         private: whether only its owner may look into the folder, from the start, and read its files.
+        resumes: whether the block goes on from what an earlier try left in the staging folder. It is then kept, unless the
+            block refuses what is in it.
     """
     staging = staging_of(folder)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(mode=0o700 if private else 0o777, parents=True)
+    if not resumes:
+        shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(mode=0o700 if private else 0o777, parents=True, exist_ok=resumes)
     try:
         yield staging
         for file in [path for path in staging.rglob("*") if path.is_file()]:
@@ -259,8 +288,9 @@ def published(folder: Path, *, private: bool = False) -> Iterator[Path]:
             shutil.rmtree(folder)
         staging.rename(folder)
         _fsync(folder.parent)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+    except BaseException as error:
+        if not resumes or isinstance(error, RefusedError):
+            shutil.rmtree(staging, ignore_errors=True)
         raise
 
 

@@ -3,41 +3,22 @@
 from typing import Any
 
 from lora_recipes.recipe import Recipe
-from lora_recipes.run_dir import RunDir, read_json, read_jsonl
-from lora_recipes.score import summary
+from lora_recipes.run_dir import RunDir, read_json
+from lora_recipes.verdict import verdict
 
 
 def status(recipe: Recipe) -> dict[str, Any]:
-    """What is known of a run: the keys of status.json, "gates", "scores", "verdict", "folder", "next".
-
-    A gate is true (held), false (failed) or null (not tried yet). The verdict is "passed" when training is complete
-    and every gate holds, "failed" when one does not, else "incomplete".
-    """
+    """What is known of a run: the keys of status.json, "gates", "scores", "verdict" (see `verdict`), "folder", "next"."""
     run_dir = RunDir.of(recipe.name)
     recorded = read_json(run_dir.status)
-    parity = read_json(run_dir.parity)
-    answers = summary(read_jsonl(run_dir.generations))
-    gates: dict[str, bool | None] = {
-        "trained": recorded.get("state") == "complete" if recorded else None,
-        "stops": not answers["failed"] if answers["scores"] else None,
-        "merge_parity": parity.get("passed"),
-    }
-    if recipe.get("lora") and not (recipe.get("quantization") and parity.get("base") == "original"):
-        # Merged into the original weights, a model answers like the 4-bit one only nearly: parity.json says how nearly.
-        needed = parity.get("tolerance", {}).get("greedy_agreement", 1.0)
-        both = "merged" in answers["scores"]
-        gates["merged_equals_adapter"] = answers["merged_equals_adapter"] >= needed if both else None
-    held = list(gates.values())
-    verdict = "failed" if False in held else "passed" if all(held) else "incomplete"
+    told = verdict(recipe, run_dir)
     known = {key: recorded.get(key) for key in ("step", "max_steps", "exit_code", "reason", "last_good_checkpoint")}
     return {
         "state": recorded.get("state", "not started"),
         **known,
-        "gates": gates,
-        "scores": answers["scores"],
-        "verdict": verdict,
+        **told,
         "folder": str(run_dir.root),
-        "next": _next(recipe, run_dir, gates),
+        "next": _next(recipe, run_dir, told["gates"]),
     }
 
 
@@ -50,6 +31,8 @@ def _next(recipe: Recipe, run_dir: RunDir, gates: dict[str, bool | None]) -> lis
     commands = []
     if not run_dir.merged.is_dir():
         commands.append(f"lora-recipes merge {path}")
-    if gates["stops"] is None or (run_dir.merged.is_dir() and gates.get("merged_equals_adapter", True) is None):
+    if gates["answers"] is None or gates["merged_answers"] is None:
         commands.append(f"lora-recipes generate {path}")
+    if gates["not_forgotten"] is None:
+        commands.append(f"lora-recipes evaluate {path}")
     return commands or [f"lora-recipes new {path} my-recipe dataset.data_files.train=my.jsonl"]

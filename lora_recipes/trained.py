@@ -1,25 +1,82 @@
 """Whether a run folder holds the run of this very recipe: what was trained is compared with what is asked now."""
 
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
+from lora_recipes import console
 from lora_recipes.errors import RefusedError, RunError
+from lora_recipes.model.folder import require_intact
+from lora_recipes.model.identity import base_of, require_base
+from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe, load_recipe
 from lora_recipes.run_dir import RunDir, read_json
 
 # What an adapter is bound to. The other sections may change between training and the steps after it.
 ADAPTER_KEYS = ("model", "quantization", "lora")
+SCALING = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+SPLIT_BASES = ("pissa", "olora")  # what `model.initialise.changes_base` names
 RUN_KEYS = (*ADAPTER_KEYS, "dataset", "training")
 
 
-def require_same_adapter(recipe: Recipe, run_dir: RunDir) -> None:
-    """Raises RefusedError when the adapter was trained on another base, or with another `lora` section.
+def require_same_adapter(recipe: Recipe, run_dir: RunDir, source: Source | None, *, force: bool = False) -> None:
+    """Whether `adapter/` is what this recipe trained, bit for bit, on this very base. Nothing to hold in full fine-tuning.
 
     An adapter fits every model of the same shape, without any error: only the record of the run can tell.
+
+    Args:
+        source: the base, with its weights on this machine; None for a step that does not need the base.
+        force: use the adapter on another base than it was trained on.
+
+    Raises:
+        RefusedError: the adapter was trained on another base or with another `lora` section, or was changed since.
     """
-    changed = _changed(recipe, run_dir, ADAPTER_KEYS)
+    if not recipe.get("lora"):
+        return
+    changed = _changed(recipe, run_dir, ADAPTER_KEYS[1:] if force else ADAPTER_KEYS)
     if changed:
         raise RefusedError(
             f"{run_dir.adapter} was trained by another recipe:\n{changed}\nuse the recipe it was trained with"
+        )
+    _require_same_scaling(recipe, run_dir)
+    require_own_adapter(run_dir.adapter, recipe, source, force=force)
+
+
+def _require_same_scaling(recipe: Recipe, run_dir: RunDir) -> None:
+    """Ranks and scaling stand in the adapter's config, beside its weights: a wrong one changes every answer in silence."""
+    lora, saved = recipe.section("lora"), read_json(run_dir.adapter / "adapter_config.json")
+    if isinstance(lora.get("init_lora_weights"), str) and lora["init_lora_weights"].startswith(SPLIT_BASES):
+        return  # published as another adapter, of twice the rank, for the untouched base
+    for key in SCALING:
+        if key in lora and saved.get(key) != lora[key]:
+            raise RefusedError(
+                f"{run_dir.adapter / 'adapter_config.json'}: {key} is {saved.get(key)}, the adapter was trained with "
+                f"{lora[key]} ({recipe.where(f'lora.{key}')}); put it back"
+            )
+
+
+def require_own_adapter(folder: Path, recipe: Recipe, source: Source | None, *, force: bool = False) -> None:
+    """Raises RefusedError when an adapter was changed since it was published, or belongs to another base."""
+    require_intact(folder)
+    if source is None:
+        return
+    if doubt := require_base(folder, base_of(recipe, source), force=force):
+        console.say(f"note: {doubt}", "yellow")
+
+
+def require_same_template(run_dir: RunDir, template: str | None) -> None:
+    """Raises RefusedError when a model would be asked with another chat template than it was trained with.
+
+    Args:
+        template: the tokenizer's, after `load_data` has settled it.
+    """
+    trained = read_json(run_dir.manifest).get("chat_template_sha256")
+    now = sha256(template.encode()).hexdigest() if template else None
+    if trained != now and run_dir.manifest.is_file():
+        raise RefusedError(
+            f"{run_dir.root}: the chat template is not the one that was trained with (sha256 {str(trained)[:12]} then, "
+            f"{str(now)[:12]} now); the model would be asked in another form than it has learnt. Put the template back "
+            "(training.chat_template_path, or the model's own), or train again under another name"
         )
 
 

@@ -82,6 +82,14 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture
+def quick_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The merged model is reloaded in this process: a fresh one takes seconds to import what is imported here already."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    monkeypatch.setattr("lora_recipes.merge.parity.fresh_process", lambda: ThreadPoolExecutor(1))
+
+
+@pytest.fixture
 def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder: `outputs/` of a test lands there."""
     monkeypatch.chdir(tmp_path)
@@ -110,6 +118,7 @@ def write_recipe(tiny_model: Path, tiny_data: dict[str, str], workdir: Path) -> 
                 "disable_tqdm": True,
             },
             "generation": {"max_new_tokens": 8},
+            "checks": {"min_stopped": 0},  # a model of random weights and 3 steps never stops
             "merge": {"dtype": "float32"},
         }
         for section, keys in changes.items():

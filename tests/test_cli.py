@@ -1,5 +1,6 @@
 """The command line: exit codes, one message, one JSON object, and nothing heavy imported without need."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -211,7 +212,7 @@ def test_status_before_anything_has_run(recipe: str, workdir: Path, capsys: pyte
     exit_code, found = call_json(capsys, "status", recipe)
     assert exit_code == 0
     assert found["state"] == "not started"
-    assert found["verdict"] == "incomplete"
+    assert found["verdict"] == "do not ship"
     assert set(found["gates"].values()) == {None}
     assert found["next"] == [f"accelerate launch run.py {recipe}"]
     for key in ("step", "max_steps", "exit_code", "reason", "last_good_checkpoint"):
@@ -227,32 +228,49 @@ def test_status_for_people_goes_to_stderr(recipe: str, capsys: pytest.CaptureFix
     assert f"accelerate launch run.py {recipe}" in err
 
 
-def finished_run(merged_text: str = "4", stopped: str = "eos", parity: bool = True) -> None:
-    """The run folder of a recipe that was trained, merged and asked one question."""
+ADAPTER = {"adapter_sha256": hashlib.sha256(b"weights").hexdigest()}  # which all evidence must be of
+
+
+def finished_run(
+    merged_text: str = "4", fault: str | None = None, proof: str = "behaviour", **changed: dict[str, Any]
+) -> None:
+    """The run folder of a recipe that was trained, merged, evaluated and asked one question."""
     run_dir = RunDir.of("tiny")
     for folder in (run_dir.adapter, run_dir.merged):
         folder.mkdir(parents=True)
+    (run_dir.adapter / "adapter_model.safetensors").write_bytes(b"weights")
     write_json(run_dir.status, {"state": "complete", "step": 3, "max_steps": 3, "exit_code": 0})
-    write_json(run_dir.parity, {"passed": parity})
-    given = {"adapter": {"text": "4", "stopped": stopped}, "merged": {"text": merged_text, "stopped": "eos"}}
-    write_jsonl(run_dir.generations, [{"prompt": "2 + 2", "expected": "4", **given}])
+    write_json(run_dir.parity, {"passed": True, "proof": proof} | ADAPTER | changed.get("parity", {}))
+    evaluation = {"improved": True, "forgetting": {"passed": True}} | ADAPTER | changed.get("evaluation", {})
+    write_json(run_dir.evaluation, evaluation)
+    given: dict[str, Any] = {who: {"text": "4", "stopped": "eos"} for who in ("adapter", "merged")}
+    given["merged"]["text"] = merged_text
+    if fault:
+        given["adapter"] |= {"stopped": "length", "fault": fault}
+    row = {"prompt": "2 + 2", "expected": "4", **ADAPTER, **given}
+    write_jsonl(run_dir.generations, [row | changed.get("row", {})])
+
+
+GATES = ["trained", "improved", "not_forgotten", "answers", "merge_parity", "merged_answers"]
 
 
 def test_status_of_a_run_that_holds_every_gate(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     finished_run()
     _, found = call_json(capsys, "status", recipe)
     assert (found["state"], found["step"], found["max_steps"], found["exit_code"]) == ("complete", 3, 3, 0)
-    assert found["gates"] == dict.fromkeys(["trained", "stops", "merge_parity", "merged_equals_adapter"], True)
-    assert found["verdict"] == "passed"
+    assert found["gates"] == dict.fromkeys(GATES, True)
+    assert found["verdict"] == "ship"
     assert found["scores"]["adapter"]["exact_match"] == 1.0
 
 
 @pytest.mark.parametrize(
     ("change", "gate"),
     [
-        ({"merged_text": "5"}, "merged_equals_adapter"),
-        ({"stopped": "length"}, "stops"),
-        ({"parity": False}, "merge_parity"),
+        ({"merged_text": "5"}, "merged_answers"),
+        ({"fault": "length"}, "answers"),
+        ({"parity": {"passed": False}}, "merge_parity"),
+        ({"evaluation": {"improved": False}}, "improved"),
+        ({"evaluation": {"forgetting": {"passed": False}}}, "not_forgotten"),
     ],
 )
 def test_one_failed_gate_fails_the_verdict(
@@ -261,11 +279,34 @@ def test_one_failed_gate_fails_the_verdict(
     finished_run(**change)
     _, found = call_json(capsys, "status", recipe)
     assert [name for name, held in found["gates"].items() if held is False] == [gate]
-    assert found["verdict"] == "failed"
+    assert found["verdict"] == "do not ship"
+
+
+OTHER = {"adapter_sha256": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    ("change", "gates"),
+    [
+        ({"evaluation": OTHER}, ["improved", "not_forgotten"]),
+        ({"parity": OTHER}, ["merge_parity"]),
+        ({"row": OTHER}, ["answers", "merged_answers"]),
+        ({"proof": "weights"}, ["merge_parity"]),
+        ({"evaluation": {"improved": None}}, ["improved"]),
+    ],
+    ids=["evaluation of another adapter", "merge of another", "answers of another", "weights only", "nothing held out"],
+)
+def test_what_was_not_measured_of_this_adapter_is_not_shipped(
+    change: dict[str, Any], gates: list[str], recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished_run(**change)
+    _, found = call_json(capsys, "status", recipe)
+    assert [name for name, held in found["gates"].items() if held is None] == gates
+    assert found["verdict"] == "do not ship"
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
-@pytest.mark.parametrize("verb", ["merge", "generate"])
+@pytest.mark.parametrize("verb", ["merge", "generate", "evaluate"])
 def test_before_training_there_is_nothing_to_merge_or_ask(
     verb: str, flags: list[str], recipe: str, workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from lora_recipes.data.audit import audit
 from lora_recipes.data.chat_templates import settle
 from lora_recipes.data.load import LoadedData, load_data
 from lora_recipes.errors import RecipeError
+from lora_recipes.judge import broken
 from lora_recipes.model.answer import generation_config
 from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer, lora_config, quantization_config
 from lora_recipes.model.machine import choose
@@ -22,6 +23,7 @@ from lora_recipes.model.source import locate
 from lora_recipes.recipe import load_recipe
 from lora_recipes.recipe.check import section_keys
 from lora_recipes.run_dir import RunDir
+from lora_recipes.score import summary
 from lora_recipes.train.optimizers import OPTIMIZER_KEYS
 from lora_recipes.train.trainer import CONSUMED, training_arguments
 
@@ -156,7 +158,7 @@ def test_quantization_key_reaches_the_bitsandbytes_config(key: str):
     assert (str(found).removeprefix("torch.") if isinstance(found, torch.dtype) else found) == value
 
 
-OWN_GENERATION_KEYS = ("prompts", "batch_size", "max_rows")  # observed in test_merge_and_generate and below
+OWN_GENERATION_KEYS = ("prompts", "batch_size", "max_rows")  # observed in test_generate and below
 GENERATION_VALUES: dict[str, Any] = {
     "early_stopping": True,
     "watermarking_config": {"bias": 2.5},
@@ -368,6 +370,51 @@ def test_hub_keys_reach_load_dataset(write_recipe: Callable[..., Path], monkeypa
 
 def test_every_dataset_key_is_tested_here():
     assert set(section_keys("dataset")) == {*DATASET_CASES, *HUB_KEYS}
+
+
+# Key of `checks` → (value, answer of the trained model to "q", whose right answer is "yes"; what has failed then).
+CHECKS_CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
+    "prompts": ([{"prompt": "q", "contains": "yes"}], {"text": "no", "stopped": "eos"}, ["prompts"]),
+    "scores": ({"exact_match": {"min": 1}}, {"text": "no", "stopped": "eos"}, ["exact_match"]),
+    "min_stopped": (0.5, {"text": "yes", "stopped": "length"}, ["min_stopped"]),
+}
+
+
+@pytest.mark.parametrize("key", CHECKS_CASES)
+def test_checks_key_refuses_an_answer(key: str):
+    value, given, failed = CHECKS_CASES[key]
+    rows = [{"prompt": "q", "expected": "yes", "adapter": given}]
+    off = {"min_stopped": 0}
+    assert summary(rows, off)["failed"] == []
+    assert [failure["check"] for failure in summary(rows, off | {key: value})["failed"]] == failed
+
+
+def test_every_checks_key_is_tested_here():
+    assert set(section_keys("checks")) == {*CHECKS_CASES, "forgetting"}  # which is what `evaluate` asks
+
+
+# Key of an entry of `checks.prompts` → (value, what the trained model answers; the base answers "no").
+EXPECTATION_CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "contains": ("yes", {"text": "no way"}),
+    "equals": ("yes", {"text": "yes!"}),
+    "regex": ("^yes", {"text": "oh yes"}),
+    "json": (True, {"text": "yes"}),
+    "stops": (True, {"text": "yes", "fault": "ran into the limit of new tokens"}),
+    "differs_from_base": (True, {"text": "no"}),
+}
+
+
+@pytest.mark.parametrize("key", EXPECTATION_CASES)
+def test_expectation_key_refuses_an_answer(key: str):
+    value, given = EXPECTATION_CASES[key]
+    assert broken({"prompt": "q", "stops": False}, given, "no") == []
+    [failed] = broken({"prompt": "q", "stops": False, key: value}, given, "no")
+    assert failed["check"] == key
+
+
+def test_every_expectation_key_is_tested_here():
+    asked = section_keys("checks")["prompts"]["items"]["properties"]
+    assert set(asked) == {*EXPECTATION_CASES, "prompt", "max_new_tokens"}  # these two reach the model: test_generate
 
 
 def test_hints_of_nested_lora_sections_are_classes_that_peft_has():

@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).parent.parent / "lora_recipes"
 LAYERS = [
     {"__init__", "errors"},
     {"recipe", "run_dir", "console", "process"},
-    {"data", "model", "score", "trained", "introspect"},
-    {"plan"},
-    {"audit", "train", "generate", "merge", "status"},
+    {"data", "model", "score", "judge", "introspect"},
+    {"plan", "trained", "verdict"},
+    {"audit", "train", "generate", "chat", "evaluate", "merge", "export", "push", "status"},
     {"cli"},
     {"__main__"},
 ]

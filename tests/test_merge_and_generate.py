@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_recipes.cli import main
-from lora_recipes.errors import MachineError
 from lora_recipes.generate import generate
 from lora_recipes.merge import merge
 from lora_recipes.model.adapted import attach_adapter
@@ -19,7 +18,7 @@ from lora_recipes.model.build import load_base
 from lora_recipes.model.machine import choose
 from lora_recipes.model.source import locate
 from lora_recipes.recipe import load_recipe
-from lora_recipes.run_dir import RunDir, read_json, read_jsonl
+from lora_recipes.run_dir import RunDir, read_json
 from lora_recipes.train import launch
 from tests.conftest import NF4
 
@@ -169,42 +168,14 @@ def test_a_merge_that_does_not_answer_like_the_adapter_is_not_published(
     write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, dtype: str
 ):
     """The positive control of the proof: a merge that loses the adapter must fail it."""
-    from peft import LoraModel
-
     path = write_recipe(merge={"dtype": dtype}, training={"learning_rate": 1e-3})  # a weak adapter
     run_dir = trained(path)
-    monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self, safe_merge: self.unload())
+    monkeypatch.setattr("lora_recipes.merge.stream.merge_rows", lambda layer, parameter, weight, first: weight)
     assert main(["merge", str(path)]) == 4
-    assert "does not answer like the adapter" in capsys.readouterr().err
-    assert not run_dir.merged.exists()
+    assert "does not answer like the adapter" in " ".join(capsys.readouterr().err.split())
+    assert not run_dir.merged.exists() and not list(run_dir.root.glob(".merged*"))
     assert read_json(run_dir.parity)["passed"] is False
 
-
-def test_generate_asks_all_three_models_the_same_questions(
-    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture
-):
-    path = write_recipe(generation={"max_new_tokens": 6, "prompts": ["two pens please"], "batch_size": 2})
-    run_dir = trained(path)
-    merge(load_recipe(path))
-    capsys.readouterr()
-    assert main(["generate", str(path), "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    rows = read_jsonl(run_dir.generations)
-    assert len(rows) == 7 and rows[0]["expected"] is None and rows[1]["expected"].startswith('{"customer"')
-    assert all(set(row) == {"prompt", "expected", "base", "adapter", "merged"} for row in rows)
-    assert {row["base"]["stopped"] for row in rows} <= {"eos", "length"}
-    assert result["merged_equals_adapter"] == 1.0
-    assert result["scores"]["base"]["asked"] == 7 and result["scores"]["base"]["expected"] == 6
-
-
-def test_batched_answers_are_the_answers_asked_one_by_one(write_recipe: Callable[..., Path]):
-    path = write_recipe()
-    run_dir = trained(path)
-    answers = []
-    for size in (1, 4):
-        generate(load_recipe(path, [f"generation.batch_size={size}"]))
-        answers.append([row["adapter"]["text"] for row in read_jsonl(run_dir.generations)])
-    assert answers[0] == answers[1]
 
 
 def test_status_tells_what_is_proved_and_what_to_type_next(
@@ -213,20 +184,20 @@ def test_status_tells_what_is_proved_and_what_to_type_next(
     path = write_recipe()
 
     def status() -> dict:
+        capsys.readouterr()
         assert main(["status", str(path), "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
-    assert (status()["state"], status()["verdict"]) == ("not started", "incomplete")
+    assert (status()["state"], status()["verdict"]) == ("not started", "do not ship")
     trained(path)
-    capsys.readouterr()
     assert status()["gates"]["trained"] is True and status()["next"][0].startswith("lora-recipes merge")
     merge(load_recipe(path))
     generate(load_recipe(path))
-    capsys.readouterr()
     found = status()
-    assert found["gates"]["merge_parity"] is True and found["gates"]["merged_equals_adapter"] is True
-    assert found["verdict"] in ("passed", "failed")  # a 3-step model may well not stop
-    assert found["gates"]["stops"] == (found["verdict"] == "passed")
+    assert found["gates"]["merge_parity"] is True and found["gates"]["merged_answers"] is True
+    assert found["gates"]["answers"] is True and found["gates"]["improved"] is None
+    assert found["verdict"] == "do not ship" and found["next"] == [f"lora-recipes evaluate {path}"]
+
 
 
 def test_the_dequantized_base_is_quantized_from_the_type_it_was_trained_in(write_recipe: Callable[..., Path]):
@@ -253,26 +224,3 @@ def test_the_steps_after_training_refuse_another_recipes_adapter(
         assert main([verb, str(path), "lora.lora_alpha=99"]) == 4
         assert "lora.lora_alpha: 8 then, 99 now" in capsys.readouterr().err
     assert not run_dir.merged.exists() and not run_dir.generations.exists()
-
-
-def test_generate_writes_nowhere_before_it_knows_that_it_can(
-    write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-):
-    path = write_recipe()
-    trained(path)
-    monkeypatch.setattr(RunDir, "require_writable", lambda self: (_ for _ in ()).throw(MachineError("read-only")))
-    assert main(["generate", str(path)]) == 3
-
-
-def test_a_stop_string_ends_an_answer(write_recipe: Callable[..., Path]):
-    path = write_recipe(training={"max_steps": 60}, generation={"max_new_tokens": 8})  # enough to write something
-    run_dir = trained(path)
-    generate(load_recipe(path))
-    before = [row["adapter"] for row in read_jsonl(run_dir.generations)]
-    assert {given["stopped"] for given in before} == {"length"}
-    first = before[0]["text"][0]
-    generate(load_recipe(path, [f"generation.stop_strings={json.dumps(first)}"]))
-    after = [row["adapter"] for row in read_jsonl(run_dir.generations)]
-    for long, short in zip(before, after, strict=True):  # the token that holds the stop string is kept
-        assert short["stopped"] == "eos" and first in short["text"]
-        assert long["text"].startswith(short["text"]) and len(short["text"]) < len(long["text"])

@@ -35,6 +35,7 @@ QUICK = {
     "training.save_strategy": "no",
     "training.disable_tqdm": "true",
     "generation.max_new_tokens": 4,
+    "checks.min_stopped": 0,
 }
 ADAPTER = r"\.(lora_\w+|modules_to_save|trainable_tokens_delta)\."  # PEFT's own names in a parameter's path
 EQUAL = 1e-3  # largest difference of two logits; float32, logits of about 1
@@ -76,7 +77,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("name", [path.stem for path in RECIPES])
 def test_recipe_trains_answers_and_merges_on_a_toy_of_its_model(
-    name: str, toy: Callable[[Recipe], Path], workplace: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, toy: Callable[[Recipe], Path], workplace: Path, monkeypatch: pytest.MonkeyPatch, quick_proof: None
 ):
     path = Path("recipes") / f"{name}.yaml"
     shipped = load_recipe(path)

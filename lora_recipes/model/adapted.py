@@ -1,11 +1,14 @@
 """A trained adapter on its base, with every tensor accounted for; and whether weights on disk are sound."""
 
 import json
+import warnings
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from lora_recipes.errors import RefusedError
@@ -18,15 +21,106 @@ def attach_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         RefusedError: the adapter is torn, holds NaN or infinity, or lacks or has keys that the model does not.
     """
     saved = check_adapter(folder)
-    model = PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=False)
-    loaded = get_peft_model_state_dict(model).keys()
-    missing, unexpected = loaded - saved, saved - loaded
-    if missing or unexpected:
-        raise RefusedError(
-            f"{folder}: not an adapter of this model: {len(missing)} keys are missing, {len(unexpected)} are not known "
-            f"({', '.join(sorted(missing | unexpected)[:3])})"
-        )
+    resize_embeddings(base, load_file(folder / "adapter_model.safetensors"))
+    try:
+        model = PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=False)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise RefusedError(f"{folder}: not an adapter of this model: {error}") from None
+    # Embeddings may lie beside the adapter; "auto", PEFT's default, would look for the base's config, on the hub if need be.
+    needed, known = (get_peft_model_state_dict(model, save_embedding_layers=all_).keys() for all_ in (False, True))
+    if needed - saved or saved - known:
+        raise _not_of_this_model(folder, needed - saved, saved - known)
     return model.eval()
+
+
+def adapter_on_meta(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """The adapter in `folder` with its tensors in memory, 16-bit ones as float32, on a base that has none (meta device).
+
+    Raises:
+        RefusedError: it lacks or has keys, or has shapes, that the model does not; or no merge can express it.
+    """
+    saved = load_file(folder / "adapter_model.safetensors")  # mapped: read where it is used
+    config = LoraConfig.from_pretrained(str(folder))
+    _refuse_unmergeable(folder, config)
+    config.init_lora_weights, config.eva_config, config.inference_mode = (
+        True,
+        None,
+        True,
+    )  # nothing is computed from the base
+    resize_embeddings(base, saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(base, config)
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    given: dict[str, torch.Tensor] = {}
+    # PEFT knows which saved key is which parameter, and tells it to load_state_dict alone.
+    model.load_state_dict = lambda state, **_: given.update(state)
+    if wanted <= saved.keys():
+        set_peft_model_state_dict(model, saved)
+    del model.load_state_dict
+    # With resized embeddings PEFT writes whole modules twice, once under a name that it reads again as no parameter.
+    repeats = [
+        name
+        for name in given
+        if name.replace(".modules_to_save.", ".modules_to_save.default.") in given.keys() - {name}
+    ]
+    for name in repeats:
+        del given[name]
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    wrong = [name for name, tensor in given.items() if shapes.get(name) != tensor.shape]
+    if wrong or not wanted <= saved.keys():
+        raise _not_of_this_model(folder, wanted - saved.keys(), set(wrong))
+    _assign(model, given)
+    return model.eval()
+
+
+def _assign(model: PeftModel, given: dict[str, torch.Tensor]) -> None:
+    """Put tensors in the place of parameters; what was one parameter under several names stays one."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        names.setdefault(id(parameter), []).append(name)
+    for name, parameter in parameters.items():
+        if name not in given:
+            continue
+        tensor = given[name]
+        if "lora_" in name and tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor = tensor.float()  # as PEFT does with what it loads
+        new = torch.nn.Parameter(tensor, requires_grad=False)
+        for shared in names[id(parameter)]:
+            holder, _, last = shared.rpartition(".")
+            setattr(model.get_submodule(holder), last, new)
+
+
+def _refuse_unmergeable(folder: Path, config: LoraConfig) -> None:
+    """Raises RefusedError for what no merge can express in a plain model."""
+    if config.alora_invocation_tokens:
+        raise RefusedError(
+            f"{folder}: an aLoRA adapter works only after its invocation tokens, which no plain model can do; it cannot be "
+            "merged. Serve it as an adapter"
+        )
+    if config.layer_replication:
+        raise RefusedError(
+            f"{folder}: `layer_replication` gives several layers one weight, so there is no plain model to merge into"
+        )
+
+
+def resize_embeddings(base: PreTrainedModel, saved: Mapping[str, torch.Tensor]) -> None:
+    """Give the base as many rows of embeddings as an adapter holds that was trained with more, or fewer, tokens."""
+    name = next(name for name, module in base.named_modules() if module is base.get_input_embeddings())
+    places = (f"{name}.weight", f"{name}.base_layer.weight", f"{name}.modules_to_save.weight")
+    for key in (f"base_model.model.{place}" for place in places):
+        if key in saved and len(saved[key]) != base.get_input_embeddings().weight.shape[0]:
+            base.resize_token_embeddings(len(saved[key]), mean_resizing=False)
+
+
+def _not_of_this_model(folder: Path, missing: Collection[str], unexpected: Collection[str]) -> RefusedError:
+    return RefusedError(
+        f"{folder}: not an adapter of this model: {len(missing)} keys are missing, {len(unexpected)} are not known or of "
+        f"another shape ({', '.join(sorted({*missing, *unexpected})[:3])})"
+    )
 
 
 def check_adapter(folder: Path) -> set[str]:
@@ -37,6 +131,15 @@ def check_adapter(folder: Path) -> set[str]:
     except (OSError, ValueError) as error:
         raise RefusedError(f"{weights}: cannot be read: {error}") from None
     return _check_weights(weights)
+
+
+def require_change(folder: Path) -> None:
+    """Raises RefusedError for an adapter that changes nothing: every B is zero, as before the first step."""
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
+        names = list(tensors.keys())
+        others = [name for name in names if "lora_A" not in name and "lora_embedding_A" not in name]
+        if not any(tensors.get_tensor(name).any() for name in others):
+            raise RefusedError(f"{folder}: every B is zero, so this adapter changes nothing; was it trained?")
 
 
 def check_model(folder: Path) -> set[str]:

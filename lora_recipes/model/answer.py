@@ -1,5 +1,7 @@
 """Batched answers of a loaded model, each with how it ended."""
 
+from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,22 +35,26 @@ def answer(
     config: GenerationConfig,
     batch_size: int,
     seed: int,
+    limits: list[int | None] | None = None,
 ) -> list[Answer]:
     """One answer a prompt (token ids), in the order of `prompts`.
 
     Prompts of like length share a batch, padded on the left, which is exact for causal models with position ids.
+
+    Args:
+        limits: new tokens of each prompt; None for `config.max_new_tokens`. Only prompts of one limit share a batch, so
+            that a short answer never waits for a long one.
     """
     torch.manual_seed(seed)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, Answer] = {}
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    stops = [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings or []
+    stops = stop_strings(config)
     extra = {"tokenizer": tokenizer} if config.stop_strings else {}
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    for batch, limit in _batches(prompts, limits or [None] * len(prompts), batch_size):
+        settings = _limited(config, limit)
         inputs = _left_padded([prompts[index] for index in batch], tokenizer.pad_token_id, model.device)
         with torch.no_grad():
-            output = model.generate(**inputs, generation_config=config, **extra)
+            output = model.generate(**inputs, generation_config=settings, **extra)
         for index, row in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
             end = next((position for position, token in enumerate(row) if token in ends), None)
             while end is None and row and row[-1] == tokenizer.pad_token_id:  # ended by a stop string before others
@@ -57,6 +63,31 @@ def answer(
             stopped = end is not None or any(stop in text for stop in stops)
             answers[index] = Answer(text, "eos" if stopped else "length")
     return [answers[index] for index in range(len(prompts))]
+
+
+def stop_strings(config: GenerationConfig) -> list[str]:
+    """Texts that end an answer beside the end tokens."""
+    return [config.stop_strings] if isinstance(config.stop_strings, str) else list(config.stop_strings or [])
+
+
+def _batches(
+    prompts: list[list[int]], limits: list[int | None], batch_size: int
+) -> Iterator[tuple[list[int], int | None]]:
+    """(indices of prompts, their limit), the shortest prompts of a limit first."""
+    for limit in dict.fromkeys(limits):
+        order = sorted(
+            (index for index, own in enumerate(limits) if own == limit), key=lambda index: len(prompts[index])
+        )
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size], limit
+
+
+def _limited(config: GenerationConfig, limit: int | None) -> GenerationConfig:
+    if limit is None:
+        return config
+    limited = deepcopy(config)
+    limited.max_new_tokens = limit
+    return limited
 
 
 def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:

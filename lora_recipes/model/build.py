@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from lora_recipes.errors import LoraRecipesError, RecipeError, machine_fault
+from lora_recipes.model.folder import require_intact
 from lora_recipes.model.machine import Choices
 from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
@@ -94,15 +95,20 @@ def model_config(recipe: Recipe, source: Source) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(source.location, **_hub_keywords(recipe))
 
 
-def meta_model(config: PreTrainedConfig, recipe: Recipe) -> PreTrainedModel:
-    """The model on the meta device: every module and shape, no memory."""
+def meta_model(config: PreTrainedConfig, recipe: Recipe, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model on the meta device: every module and shape, no memory.
+
+    Args:
+        dtype: type of its parameters; unset: the config's.
+    """
     if config.is_encoder_decoder or not hasattr(config, "get_text_config"):
         raise _no_causal_model(recipe, config)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, trust_remote_code=bool(recipe.get("model.trust_remote_code"))
-            )
+            keywords: dict[str, Any] = {"trust_remote_code": bool(recipe.get("model.trust_remote_code"))}
+            if dtype is not None:
+                keywords["dtype"] = dtype
+            return AutoModelForCausalLM.from_config(config, **keywords)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
@@ -194,7 +200,12 @@ def _let_go_of_file(model: PreTrainedModel) -> None:
 
 
 def load_merged(folder: Path, recipe: Recipe, choices: Choices) -> PreTrainedModel:
-    """The plain model that `merge` wrote, loaded as its users would, in evaluation mode."""
+    """The plain model that `merge` wrote, loaded as its users would, in evaluation mode.
+
+    Raises:
+        RefusedError: a file is not, bit for bit, what was published.
+    """
+    require_intact(folder)
     section = recipe.section("model")
     keywords: dict[str, Any] = {
         key: section[key] for key in ("attn_implementation", "trust_remote_code") if key in section

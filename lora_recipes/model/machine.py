@@ -4,6 +4,7 @@ import ctypes
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +68,17 @@ def this_gpu() -> Gpu:
 def on_cpu(recipe: Recipe) -> bool:
     """Whether a run of this recipe computes on the CPU."""
     return bool(recipe.get("training.use_cpu")) or not has_gpu()
+
+
+def memory_available() -> int:
+    """Bytes of this machine's memory that a new process could take, the file cache included; physical memory elsewhere
+    than on Linux."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024  # the kernel writes kB and means KiB
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def choose(recipe: Recipe, *, training: bool = True, gpu: Gpu | None = None) -> Choices:

@@ -12,7 +12,10 @@ OWNERS = {
     "dataset": "datasets.load_dataset",
     "training": "trl.SFTConfig",
     "generation": "transformers.GenerationConfig",
+    "checks": "lora_recipes",  # what must hold after training is asked by no library
     "merge": "transformers.PreTrainedModel.save_pretrained",
+    "export": "lora_recipes",
+    "hub": "huggingface_hub.HfApi.upload_folder",
 }
 
 # Builders of `datasets` that read local files, and the forms of a row (`lora_recipes.data.formats` has their columns).
@@ -22,6 +25,30 @@ FORMATS = ("text", "messages", "prompt_completion", "alpaca", "sharegpt", "quest
 _DTYPE = {"enum": ["float32", "float16", "bfloat16"]}
 _NAME = {"type": "string", "minLength": 1}
 _FRACTION = {"type": "number", "minimum": 0, "maximum": 1}
+_TEXTS = {"anyOf": [_NAME, {"type": "array", "minItems": 1, "items": _NAME}]}
+_LEAST = {"type": "object", "additionalProperties": False, "required": ["min"], "properties": {"min": _FRACTION}}
+# One prompt of `checks.prompts` and what its answer must be; `lora_recipes.judge` holds answers against it.
+EXPECTATION = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["prompt"],
+    "properties": {
+        "prompt": _NAME | {"description": "What is asked."},
+        "contains": _TEXTS | {"description": "Texts that the answer holds, all of them."},
+        "equals": {"type": "string", "description": "The whole answer, without white space around it."},
+        "regex": _NAME | {"description": "A Python regular expression that matches somewhere in the answer."},
+        "json": {
+            "type": ["boolean", "object"],
+            "description": "The answer is JSON; a mapping is the JSON schema that it satisfies.",
+        },
+        "max_new_tokens": {"type": "integer", "minimum": 1, "description": "Limit of this answer."},
+        "stops": {
+            "type": "boolean",
+            "description": "The answer ends by itself, without a loop and without a control token in it. Unset: true.",
+        },
+        "differs_from_base": {"type": "boolean", "description": "The untrained model answers something else."},
+    },
+}
 
 # The keys no upstream class owns. Few on purpose: a key here is a thing the libraries do not have.
 OWN_KEYS: dict[str, dict[str, dict[str, Any]]] = {
@@ -113,6 +140,60 @@ OWN_KEYS: dict[str, dict[str, dict[str, Any]]] = {
             "description": "Held-out rows to answer and score. Unset or null: all of them.",
         },
     },
+    "checks": {
+        "prompts": {
+            "type": "array",
+            "items": EXPECTATION,
+            "description": "Prompts whose answers must be as they say, or `generate` ends with exit code 4.",
+        },
+        "scores": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": dict.fromkeys(("exact_match", "field_match", "token_f1"), _LEAST),
+            "description": "Least score of the trained model over the held-out rows, such as `{exact_match: {min: 0.9}}`.",
+        },
+        "min_stopped": _FRACTION
+        | {
+            "description": "Least share of all answers that end by themselves, without a loop or a control token. "
+            "Unset: 0.95; 0 switches it off."
+        },
+        "forgetting": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "data_files": {"anyOf": [_NAME, {"type": "array", "minItems": 1, "items": _NAME}]},
+                "max_rows": {"type": "integer", "minimum": 1},
+                "max_loss_increase": {"type": "number", "minimum": 0},
+                "max_kl": {"type": "number", "exclusiveMinimum": 0},
+            },
+            "description": "What `evaluate` asks of text that the run did not train on: `data_files` (unset: "
+            "data/general), `max_rows`, and the largest rise of its loss and KL divergence from the base, both in nats "
+            "a token (unset: 0.1 and 0.1).",
+        },
+    },
+    "export": {
+        "formats": {
+            "type": "array",
+            "minItems": 1,
+            "items": {"enum": ["gguf", "ollama", "adapter"]},
+            "description": "What `export` writes. Unset: gguf and ollama.",
+        },
+        "outtype": {
+            "enum": ["f32", "f16", "bf16", "q8_0"],
+            "description": "Type of the weights in the GGUF file. Unset: f16.",
+        },
+        "llama_cpp": _NAME
+        | {
+            "description": "Folder of a llama.cpp checkout, whose converter writes the GGUF file of families that this "
+            "project does not convert itself."
+        },
+    },
+    "hub": {
+        "folder": {
+            "enum": ["adapter", "merged", "exports"],
+            "description": "What is pushed. Unset: adapter, or merged where the whole model was trained.",
+        },
+    },
     "merge": {
         "dtype": _DTYPE
         | {
@@ -122,6 +203,11 @@ OWN_KEYS: dict[str, dict[str, dict[str, Any]]] = {
             "enum": ["original", "dequantized"],
             "description": "For an adapter trained on 4-bit weights: merge into the original weights (default), or into "
             "the dequantized 4-bit weights, which is the function that was trained.",
+        },
+        "proof": {
+            "enum": ["behaviour", "weights"],
+            "description": "What is proved before anything is published: that adapter and merged model behave alike "
+            "(default; needs memory for one of them), or only that the weights are right.",
         },
     },
 }
@@ -158,6 +244,12 @@ SAVE_KEYWORDS: dict[str, dict[str, Any]] = {
         "type": ["string", "integer"],
         "description": "Largest weight file, such as `5GB`. Unset: 50GB.",
     },
+}
+HUB_KEYWORDS: dict[str, dict[str, Any]] = {
+    "repo_id": _NAME | {"description": "Repository that `push` creates or adds to, such as `me/my-model`."},
+    "private": {"type": "boolean", "description": "Whether a repository that is created is private. Unset: true."},
+    "revision": _NAME | {"description": "Branch that is pushed to. Unset: main."},
+    "commit_message": _NAME | {"description": "Message of the commit."},
 }
 
 _FILES = {"type": "array", "items": _NAME}
@@ -397,7 +489,10 @@ REFUSED: dict[str, dict[str, str]] = {
         "pad_token_id": "is the tokenizer's",
         "bos_token_id": "is the tokenizer's",
     },
+    "checks": {},
     "merge": {},
+    "export": {},
+    "hub": {"token": "is a secret; run `hf auth login` or set HF_TOKEN"},
 }
 
 # Old or foreign names → what to write instead. Only a hint: an old name is never accepted.

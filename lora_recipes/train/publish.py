@@ -15,19 +15,31 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_recipes import console
 from lora_recipes.errors import RefusedError
 from lora_recipes.model.build import make_servable
+from lora_recipes.model.folder import require_publishable, write_sums
+from lora_recipes.model.identity import Base, base_of, write_provenance
 from lora_recipes.model.initialise import INITIAL, changes_base
+from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
-from lora_recipes.run_dir import RunDir, published, staging_of, write_json
+from lora_recipes.run_dir import RunDir, published, read_json, staging_of, write_json, write_text
+from lora_recipes.train.card import card
 from lora_recipes.train.record import write_status
 from lora_recipes.train.trainer import RecipeTrainer
 
+SETS = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")  # of adapter_config.json
+
 
 def publish(
-    trainer: RecipeTrainer, run_dir: RunDir, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ends: list[int]
+    trainer: RecipeTrainer,
+    run_dir: RunDir,
+    recipe: Recipe,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: list[int],
 ) -> None:
     """Write `adapter/`, or for full fine-tuning `merged/`; whole, or not at all.
 
     Args:
+        source: the base that was trained on.
         ends: tokens that end an answer.
 
     Raises:
@@ -38,7 +50,7 @@ def publish(
             raise RefusedError(f"{name} holds NaN or infinity after training; nothing is published")
     main = trainer.is_world_process_zero()
     if recipe.get("lora"):
-        _adapter(trainer, run_dir, recipe, main)
+        _adapter(trainer, run_dir, recipe, source, main)
         what, after = f"Adapter: {run_dir.adapter}", "generate merge"
     else:
         _model(trainer, run_dir, recipe, tokenizer, ends, main)
@@ -49,14 +61,14 @@ def publish(
         console.say(f"Next: make {after} RECIPE={recipe.path}")
 
 
-def _adapter(trainer: RecipeTrainer, run_dir: RunDir, recipe: Recipe, main: bool) -> None:
+def _adapter(trainer: RecipeTrainer, run_dir: RunDir, recipe: Recipe, source: Source, main: bool) -> None:
     with published(run_dir.adapter) if main else nullcontext(staging_of(run_dir.adapter)) as staging:
         trainer.save_model(str(staging))
         trainer.accelerator.wait_for_everyone()
         if main:
             if changes_base(recipe.section("lora")):
                 _fit_the_untouched_base(trainer, run_dir.checkpoints / INITIAL, staging)
-            _tidy(staging)
+            _tidy(staging, recipe, run_dir, base_of(recipe, source))
 
 
 def _fit_the_untouched_base(trainer: RecipeTrainer, initial: Path, staging: Path) -> None:
@@ -98,6 +110,8 @@ def _model(
             "passed": True,
             "seconds": round(time.monotonic() - started, 1),
         }
+        require_publishable(staging)
+        write_sums(staging)
         write_json(run_dir.parity, report)
 
 
@@ -121,18 +135,19 @@ def _require_equal(folder: Path, weights: Mapping[str, torch.Tensor], model: Pre
     return len(written)
 
 
-def _tidy(folder: Path) -> None:
-    """Only what loads an adapter: no pickle, no boilerplate card, and a config whose bytes do not vary between runs."""
+def _tidy(folder: Path, recipe: Recipe, run_dir: RunDir, base: Base) -> None:
+    """What loads an adapter and says what it is: no pickle, no path of this machine, a config whose bytes do not vary
+    between runs, a card that is true, and the base it belongs to."""
     (folder / "training_args.bin").unlink(missing_ok=True)
-    (folder / "README.md").unlink(missing_ok=True)
     config = folder / "adapter_config.json"
     values = json.loads(config.read_text(encoding="utf-8"))
-    for key in (
-        "target_modules",
-        "exclude_modules",
-        "modules_to_save",
-        "target_parameters",
-    ):  # PEFT keeps sets
+    for key in SETS:
         if isinstance(values.get(key), list):
             values[key] = sorted(values[key])
+    values["base_model_name_or_path"], values["revision"] = base.name, base.revision
     write_json(config, values)
+    write_text(folder / "README.md", card(recipe, run_dir, base))
+    template = read_json(run_dir.manifest).get("chat_template_sha256")
+    write_provenance(folder, base, recipe=recipe.name, chat_template_sha256=template)
+    require_publishable(folder, adapter=True)
+    write_sums(folder)

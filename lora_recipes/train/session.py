@@ -86,7 +86,7 @@ def train(recipe: Recipe, ready: Ready, resume: bool) -> None:
         if not out_of_memory(error):
             raise
         raise explained(error, recipe, trainer.batch_shape, trainer.state.global_step) from None
-    publish(trainer, run_dir, recipe, tokenizer, ends)
+    publish(trainer, run_dir, recipe, source, tokenizer, ends)
 
 
 def _refuse_leaking_stream(recipe: Recipe, args: SFTConfig, data: LoadedData, rows: int) -> None:

@@ -67,7 +67,7 @@ def test_the_base_of_these_tests_is_a_good_recipe(tmp_path: Path) -> None:
             "did you mean `max_new_tokens`?",
         ),
         ("lorra:\n  r: 8", "r.yaml:2:1: `lorra` is not a section of a recipe; did you mean `lora`?"),
-        ("extend: a.yaml", "r.yaml:2:1: `extend` is not a section of a recipe; did you mean `extends`?"),
+        ("extend: a.yaml", "r.yaml:2:1: `extend` is not a section of a recipe; did you mean `extends` or `export`?"),
     ],
 )
 def test_a_misspelt_key_is_told_the_right_name(tmp_path: Path, text: str, expected: str) -> None:
@@ -727,6 +727,56 @@ RULE_CASES = [
         ["dataset=[{path: a/b, control_tokens: keep, format: messages}]"],
         ["dataset.control_tokens=escape"],
         "dataset.0.control_tokens",
+    ),
+    (
+        "_checks",
+        ["checks.scores={exact_match: {min: 0.5}}"],
+        ["checks.scores={exact_match: {min: 0.5}}", "dataset.eval_split=test"],
+        "checks.scores",
+    ),
+    (
+        "_checks",
+        [
+            "checks.scores={token_f1: {min: 0.5}}",
+            "dataset.eval_split=test",
+            "generation={max_new_tokens: 4, max_rows: 0}",
+        ],
+        [
+            "checks.scores={token_f1: {min: 0.5}}",
+            "dataset.eval_split=test",
+            "generation={max_new_tokens: 4, max_rows: 1}",
+        ],
+        "checks.scores",
+    ),
+    (
+        "_checks",
+        ["checks.prompts=[{prompt: a, max_new_tokens: 4, stops: false, json: false}]"],
+        ["checks.prompts=[{prompt: a, max_new_tokens: 4, stops: false, equals: ''}]"],
+        "checks.prompts.0",
+    ),
+    (
+        "_checks",
+        ["checks.prompts=[{prompt: a}]"],
+        ["checks.prompts=[{prompt: a}]", "generation.max_new_tokens=4"],
+        "checks.prompts.0",
+    ),
+    (
+        "_checks",
+        ["checks.prompts=[{prompt: a, max_new_tokens: 4}, {prompt: b, max_new_tokens: 4, regex: '(a'}]"],
+        ["checks.prompts=[{prompt: b, max_new_tokens: 4, regex: '(a)'}]"],
+        "checks.prompts.1.regex",
+    ),
+    (
+        "_checks",
+        ["checks.prompts=[{prompt: a, max_new_tokens: 4, json: {type: objekt}}]"],
+        ["checks.prompts=[{prompt: a, max_new_tokens: 4, json: {type: object}}]"],
+        "checks.prompts.0.json",
+    ),
+    (
+        "_checks",
+        ["checks.prompts=[{prompt: a, max_new_tokens: 4, json: {$ref: 'https://example.org/s.json'}}]"],
+        ["checks.prompts=[{prompt: a, max_new_tokens: 4, json: {$ref: '#/$defs/b', $defs: {b: {type: array}}}}]"],
+        "checks.prompts.0.json",
     ),
 ]
 

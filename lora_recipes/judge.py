@@ -1,0 +1,145 @@
+"""Holds one answer against what `checks` asks of it: how it ended, and the expectations of its prompt. No model here."""
+
+import json
+import re
+import unicodedata
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from referencing import Registry
+
+# An answer is in a loop when its end is one unit, again and again: at least so often, over at least so many columns.
+LOOP_REPEATS = 5
+LOOP_COLUMNS = 60
+LOOP_COLUMNS_WITHOUT_LETTERS = 200  # rules of a table, rows of zeros and dots may be long
+
+# What the chat formats of the field open and close a turn with. None of it belongs into an answer of any model.
+CONTROLS = re.compile(
+    r"<[|｜][\w▁/-]{1,40}[|｜]>|\[/?(?:INST|SYSTEM_PROMPT|TOOL_RESULTS|AVAILABLE_TOOLS)\]|<</?SYS>>"
+    r"|</?(?:start|end)_of_turn>|\[gMASK\]"
+)
+THINKING = ("<think>", "</think>")  # how models think aloud, whatever kind of token it is to their tokenizer
+
+
+@dataclass(frozen=True)
+class Signs:
+    """What shows in an answer that the form of the dialogue leaked into it.
+
+    Attributes:
+        controls: the tokenizer's control tokens.
+        answers: control tokens that the template itself puts inside an answer; they are no leak.
+        turns: what opens a line of another turn in templates without control tokens, such as `Human:`.
+        stops: the recipe's stop strings. An answer ends there, and what it ends with is no leak.
+    """
+
+    controls: Collection[str] = ()
+    answers: Collection[str] = ()
+    turns: Collection[str] = ()
+    stops: Collection[str] = ()
+
+
+def fault(text: str, stopped: str, signs: Signs) -> str | None:
+    """Why an answer did not end as it should, in words; None when it did.
+
+    Args:
+        stopped: "eos" or "length".
+    """
+    if found := leak(text, signs):
+        return f"leaks {found!r}"
+    if found := loop(text):
+        return f"repeats {shortened(found, 40)!r} at its end"
+    return None if stopped == "eos" else "ran into the limit of new tokens"
+
+
+def leak(text: str, signs: Signs) -> str | None:
+    """The first control token, or opening of another turn, in an answer."""
+    for stop in signs.stops:
+        text = text.partition(stop)[0]
+    own = "|".join(re.escape(name) for name in sorted(signs.controls, key=len, reverse=True)) or r"(?!)"
+    turns = "|".join(re.escape(turn) for turn in signs.turns) or r"(?!)"
+    for pattern in (re.compile(own), CONTROLS, re.compile(rf"^[ \t]*({turns})", re.MULTILINE)):
+        for match in pattern.finditer(text):
+            if match.group().strip() not in (*signs.answers, *THINKING):
+                return match.group().strip()
+    return None
+
+
+def loop(text: str) -> str | None:
+    """The unit that an answer repeats at its end, or None.
+
+    A unit is any run of characters, so it may be a word, a phrase, a line or one character; white space of any kind
+    counts as one blank. It must stand there LOOP_REPEATS times back to back, nothing after it, over LOOP_COLUMNS
+    columns (a Chinese, Japanese or Korean character takes two). Enumerations, tables and refrains are no loops: their
+    items differ, or something follows them, or they are short.
+    """
+    flat = " " + " ".join(text.split())
+    for length in range(1, len(flat) // LOOP_REPEATS + 1):
+        unit = flat[-length:]
+        if not flat.endswith(unit * LOOP_REPEATS):
+            continue
+        least = LOOP_COLUMNS if any(character.isalpha() for character in unit) else LOOP_COLUMNS_WITHOUT_LETTERS
+        if flat.endswith(unit * -(-least // _columns(unit))):
+            return unit.strip()
+    return None
+
+
+def _columns(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
+def broken(expectation: dict[str, Any], given: dict[str, Any], base: str | None) -> list[dict[str, Any]]:
+    """The expectations that an answer does not meet, each as {"check", "expected", "found"}.
+
+    Args:
+        expectation: an entry of `checks.prompts`, `stops` included.
+        given: {"text"} and, where there is one, "fault".
+        base: what the untrained model answered; None when it was not asked.
+    """
+    return [
+        {"check": check, "expected": expectation[check], "found": found}
+        for check, found in _findings(expectation, given, base)
+    ]
+
+
+def _findings(expectation: dict[str, Any], given: dict[str, Any], base: str | None) -> Iterator[tuple[str, str]]:
+    """(name of the check, what was found instead)."""
+    text = given["text"]
+    if "contains" in expectation:
+        wanted = expectation["contains"]
+        missing = [part for part in ([wanted] if isinstance(wanted, str) else wanted) if part not in text]
+        if missing:
+            yield "contains", f"does not contain {' and '.join(map(repr, missing))}"
+    if "equals" in expectation and text.strip() != expectation["equals"].strip():
+        yield "equals", "is something else"
+    if "regex" in expectation and not re.search(expectation["regex"], text):
+        yield "regex", "does not match"
+    if expectation.get("json", False) is not False and (why := _json_fault(text, expectation["json"])):
+        yield "json", why
+    if expectation["stops"] and "fault" in given:
+        yield "stops", given["fault"]
+    if expectation.get("differs_from_base") and (base is None or text == base):
+        yield "differs_from_base", "is what the untrained model answers" if base is not None else "base was not asked"
+
+
+def _json_fault(text: str, schema: bool | dict[str, Any]) -> str | None:
+    """Why a text is not the JSON that is expected. NaN and Infinity, which Python reads, are no JSON."""
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        return f"is not JSON: {error}"
+    if schema is True:
+        return None
+    # With a registry of its own, nothing that a schema names is fetched.
+    wrong = next(Draft202012Validator(schema, registry=Registry()).iter_errors(value), None)
+    return f"does not satisfy the schema: {shortened(f'{wrong.json_path}: {wrong.message}', 200)}" if wrong else None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def shortened(text: str, limit: int) -> str:
+    """A text of at most `limit` characters; what was cut shows as `…`."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"

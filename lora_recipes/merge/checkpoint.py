@@ -1,0 +1,182 @@
+"""Weights on disk, as their headers describe them: where each tensor of a checkpoint begins, without reading any."""
+
+import json
+import os
+import struct
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+
+from lora_recipes.errors import RefusedError, RunError
+from lora_recipes.model.source import Source
+from lora_recipes.recipe import Recipe
+
+# Names of safetensors' types (https://github.com/huggingface/safetensors, README "Format") and of torch's.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LONGEST_HEADER = 100 * 2**20  # bytes; the limit that safetensors itself has
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: `start` is the byte where its values begin."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weight files of a model, each with its tensors in the order they lie in."""
+
+    folder: Path
+    shards: dict[str, list[Stored]]  # file name → tensors
+
+    @cached_property
+    def tensors(self) -> dict[str, Stored]:
+        return {stored.name: stored for shard in self.shards.values() for stored in shard}
+
+
+def checkpoint_of(recipe: Recipe, source: Source) -> Checkpoint:
+    """The base's weight files. Those of a hub model are downloaded, or found in the cache.
+
+    Raises:
+        RunError: its weights are no safetensors.
+        RefusedError: a header is broken, a file is shorter than its header says, or the index names a missing file.
+    """
+    folder = Path(source.location)
+    if source.kind == "hub":
+        keywords = {"revision": recipe.get("model.revision"), "cache_dir": recipe.get("model.cache_dir")}
+        patterns = ["*.safetensors", "*.safetensors.index.json", "*.py"]
+        local = bool(recipe.get("model.local_files_only"))
+        folder = Path(snapshot_download(source.location, allow_patterns=patterns, local_files_only=local, **keywords))
+    folder /= recipe.get("model.subfolder", "")
+    return read_checkpoint(folder, recipe.get("model.variant"))
+
+
+def read_checkpoint(folder: Path, variant: str | None = None) -> Checkpoint:
+    """The weight files in `folder`, as transformers would choose them: one file, else those of the index."""
+    middle = f".{variant}" if variant else ""
+    single, index = folder / f"model{middle}.safetensors", folder / f"model.safetensors.index{middle}.json"
+    if single.is_file():
+        return Checkpoint(folder, {single.name: read_header(single)})
+    if not index.is_file():
+        raise RunError(
+            f"{folder}: no {single.name} and no {index.name}; merging reads safetensors only. Convert the weights first: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+        )
+    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    shards = {}
+    for name in sorted(set(weight_map.values())):
+        if not (folder / name).is_file():
+            raise RefusedError(f"{index}: names {name}, which is not there")
+        # A tensor that the index gives to another file is not what from_pretrained would load.
+        shards[name] = [stored for stored in read_header(folder / name) if weight_map.get(stored.name) == name]
+    lost = weight_map.keys() - {stored.name for shard in shards.values() for stored in shard}
+    if lost:
+        raise RefusedError(f"{index}: {min(lost)} is in none of its files")
+    return Checkpoint(folder, shards)
+
+
+def read_header(file: Path) -> list[Stored]:
+    """The tensors of one safetensors file, in the order they lie in.
+
+    Raises:
+        RefusedError: the header is broken, or the file is not as long as it says.
+    """
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > LONGEST_HEADER:
+                raise ValueError(f"a header of {length} bytes")
+            header: dict[str, Any] = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        found = [
+            Stored(name, file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for name, entry in header.items()
+        ]
+        ends = max((8 + length + entry["data_offsets"][1] for entry in header.values()), default=8 + length)
+    except (ValueError, KeyError, TypeError, struct.error) as error:
+        raise RefusedError(f"{file}: no safetensors file: {error}") from None
+    if file.stat().st_size != ends:
+        raise RefusedError(f"{file}: {file.stat().st_size} bytes long, where its header says {ends}; it was cut off")
+    return sorted(found, key=lambda stored: stored.start)
+
+
+def header_bytes(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
+    """The head of a safetensors file whose tensors lie in this order. Values begin at a multiple of 8 bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, dtype, shape in tensors:
+        end = at + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+class Files:
+    """Files that are read at a place, each opened once. The pages that were read are not kept in memory."""
+
+    def __init__(self) -> None:
+        self.descriptors: dict[Path, int] = {}
+
+    def __enter__(self) -> "Files":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
+
+    def read_into(self, stored: Stored, first: int, buffer: torch.Tensor) -> None:
+        """Fill `buffer` (1-D, of the stored type) with the tensor's values from number `first` on."""
+        descriptor = self.descriptors.get(stored.file)
+        if descriptor is None:
+            descriptor = self.descriptors[stored.file] = os.open(stored.file, os.O_RDONLY)
+            with suppress(AttributeError, OSError):  # a hint, which not every system takes
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        view = memoryview(buffer.view(torch.uint8).numpy())
+        at, read = stored.start + first * stored.dtype.itemsize, 0
+        while read < len(view):
+            count = os.preadv(descriptor, [view[read:]], at + read)
+            if not count:
+                raise RefusedError(f"{stored.file}: {stored.name} was cut off while it was read")
+            read += count
+
+    def read(self, stored: Stored) -> torch.Tensor:
+        """The whole tensor."""
+        flat = torch.empty(stored.numel, dtype=stored.dtype)
+        self.read_into(stored, 0, flat)
+        return flat.view(stored.shape)

@@ -1,0 +1,228 @@
+"""Writes a merged model shard by shard: one thread reads, one merges, one writes; what was finished survives a kill."""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_recipes import console
+from lora_recipes.errors import RefusedError
+from lora_recipes.merge.arithmetic import by_rows, convert_and_merge, merge_rows, require_finite, rounded_away
+from lora_recipes.merge.checkpoint import INDEX, Files, header_bytes
+from lora_recipes.merge.layout import Layer, Layout, Unit
+from lora_recipes.merge.requantize import Requantizer
+from lora_recipes.merge.sink import Sink
+from lora_recipes.run_dir import file_sha256, read_json, write_json
+
+BLOCK = 2**21  # elements that are read, merged and written at a time
+ROWS = 128  # a block is a multiple of so many rows: matrix kernels then treat it as they treat the whole
+AHEAD = 3  # blocks that are read ahead
+SLOTS = 2 * AHEAD  # as many may wait to be written
+SAMPLE = 64  # rows of each adapted matrix on which the rounding of the change is measured
+DONE = ".done.json"  # shards that are whole
+
+
+@dataclass
+class Streamed:
+    """What was written: sha256 of each file, files kept from an earlier try, and the change that rounding took."""
+
+    sha256: dict[str, str] = field(default_factory=dict)
+    kept: int = 0
+    lost: float = 0.0
+    changed: float = 0.0
+
+    @property
+    def rounded_away(self) -> float | None:
+        """‖change lost to rounding‖ / ‖change‖ over the sampled rows; None where nothing was sampled."""
+        return (self.lost / self.changed) ** 0.5 if self.changed else None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of a unit's only parameter, from number `first` on. `rows` counts elements where it has one dimension."""
+
+    unit: Unit
+    output: int
+    first: int
+    rows: int
+
+
+class Slot:
+    """Memory for one block on its way, and what happens to it."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.read: Future[torch.Tensor] | None = None
+        self.written: Future[None] | None = None
+
+    def flat(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """A 1-D tensor in the slot's memory, which grows when it must."""
+        size = numel * dtype.itemsize
+        if len(self.memory) < size:
+            self.memory = torch.empty(size, dtype=torch.uint8)
+        return self.memory[:size].view(dtype)
+
+
+class Merger:
+    """Turns the units of a layout into bytes.
+
+    Args:
+        requantizer: quantizes and opens the weights that were trained on in 4 or 8 bits; None: merge into the originals.
+    """
+
+    def __init__(self, layout: Layout, files: Files, requantizer: Requantizer | None) -> None:
+        self.layout, self.files, self.requantizer = layout, files, requantizer
+        self.result = Streamed()
+        self.converted: dict[str, torch.Tensor] = {}
+
+    def write(self, folder: Path, plan: str) -> Streamed:
+        """Write every shard and the index into `folder`; shards that are there already and whole are kept.
+
+        Args:
+            plan: says what is merged into what; shards of another plan are written anew.
+
+        Raises:
+            RefusedError: NaN or infinity.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        done = read_json(folder / DONE)
+        finished: dict[str, Any] = done["shards"] if done.get("plan") == plan else {}
+        for title in self.layout.shards:
+            record = finished.get(title)
+            if record and (folder / title).is_file() and file_sha256(folder / title) == record["sha256"]:
+                self.result.kept += 1
+            else:
+                before = (self.result.lost, self.result.changed)
+                digest = self._shard(folder, title)
+                lost, changed = self.result.lost - before[0], self.result.changed - before[1]
+                record = finished[title] = {"sha256": digest, "lost": lost, "changed": changed}
+                write_json(folder / DONE, {"plan": plan, "shards": finished})
+            self.result.sha256[title] = record["sha256"]
+        self.result.lost = sum(record["lost"] for record in finished.values())
+        self.result.changed = sum(record["changed"] for record in finished.values())
+        if len(self.layout.shards) > 1:
+            self._index(folder)
+        (folder / DONE).unlink(missing_ok=True)
+        return self.result
+
+    def _index(self, folder: Path) -> None:
+        shards = self.layout.shards
+        weight_map = {unit.outputs[number].name: title for title, shard in shards.items() for unit, number in shard}
+        parameters = self.layout.model.num_parameters()
+        metadata = {"total_parameters": parameters, "total_size": self.layout.bytes}
+        write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+
+    def _shard(self, folder: Path, title: str) -> str:
+        """Write one shard under another name, and give it its own when it is on disk. Returns its sha256."""
+        shard = self.layout.shards[title]
+        growing = folder / f".{title}.part"
+        outputs = [unit.outputs[number] for unit, number in shard]
+        head = header_bytes([(output.name, output.dtype, output.shape) for output in outputs])
+        blocks = [block for unit, number in shard for block in self._blocks(unit, number)]
+        with Sink(growing) as sink:
+            sink.put(memoryview(head))
+            self._pump(blocks, lambda tensor: sink.put(_bytes_of(tensor)))
+        size = growing.stat().st_size
+        if size != len(head) + sum(output.bytes for output in outputs):
+            raise RefusedError(f"{growing}: {size} bytes were written, not what its header says")
+        growing.replace(folder / title)
+        console.say(f"{title}: {len(outputs)} tensors, {size / 2**20:,.0f} MiB")
+        return sink.sha256
+
+    def _blocks(self, unit: Unit, number: int) -> Iterator[Block]:
+        shape = unit.outputs[number].shape
+        rows = shape[0] if shape else 1
+        if unit.converter is not None or not shape or not all(by_rows(layer) for layer in unit.layers):
+            yield Block(unit, number, 0, rows)
+            return
+        if self.requantizer and self.requantizer.wants(unit.parameters[0]):
+            yield Block(unit, number, 0, rows)
+            return
+        width = max(1, unit.outputs[number].bytes // unit.outputs[number].dtype.itemsize // max(rows, 1))
+        step = max(ROWS, BLOCK // width // ROWS * ROWS)
+        for first in range(0, rows, step):
+            yield Block(unit, number, first, min(step, rows - first))
+
+    def _pump(self, blocks: list[Block], put: Any) -> None:
+        """Every block is read, merged, and given to `put`, in order; the three happen at the same time."""
+        slots = [Slot() for _ in range(SLOTS)]
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+
+            def begin(number: int) -> None:
+                slot = slots[number % SLOTS]
+                if slot.written is not None:
+                    slot.written.result()
+                slot.read = reader.submit(self._read, blocks[number], slot)
+
+            try:
+                for number in range(min(AHEAD, len(blocks))):
+                    begin(number)
+                for number, block in enumerate(blocks):
+                    if number + AHEAD < len(blocks):
+                        begin(number + AHEAD)
+                    slot = slots[number % SLOTS]
+                    assert slot.read is not None
+                    slot.written = writer.submit(put, self._merged(block, slot.read.result()))
+                for slot in slots:
+                    if slot.written is not None:
+                        slot.written.result()
+            except BaseException:
+                reader.shutdown(wait=False, cancel_futures=True)
+                writer.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _read(self, block: Block, slot: Slot) -> torch.Tensor:
+        unit = block.unit
+        if unit.whole is not None:
+            rows = unit.whole.detach()[block.first : block.first + block.rows]
+            return rows.clone() if unit.layers else rows  # merging may change them in place
+        if unit.converter is not None:
+            return slot.memory  # read where it is converted: there are many tensors, and one block of them
+        stored = unit.stored[0]
+        width = stored.numel // stored.shape[0] if stored.shape and stored.shape[0] else 1
+        flat = slot.flat(block.rows * width, stored.dtype)
+        self.files.read_into(stored, block.first * width, flat)
+        return flat.view(block.rows, *stored.shape[1:]) if stored.shape else flat.view(())
+
+    def _merged(self, block: Block, tensor: torch.Tensor) -> torch.Tensor:
+        unit, output = block.unit, block.unit.outputs[block.output]
+        if unit.converter is not None:
+            if output.name not in self.converted:
+                self.converted |= convert_and_merge(unit, self.layout.model, self.files)
+            tensor = self.converted.pop(output.name)
+        else:
+            tensor = tensor.to(unit.loaded)
+            if self.requantizer:
+                tensor = self.requantizer.opened(unit.parameters[0], tensor)
+            tensor = tensor.to(output.dtype)
+            for layer in unit.layers:
+                tensor = self._change(layer, unit, tensor, block.first)
+        if unit.layers:
+            require_finite(tensor, output.name)
+        return tensor
+
+    def _change(self, layer: Layer, unit: Unit, tensor: torch.Tensor, first: int) -> torch.Tensor:
+        sampled = first == 0 and tensor.dim() == 2
+        before = tensor[:SAMPLE].clone() if sampled else tensor
+        parameter = self.layout.model.get_parameter_or_buffer(unit.parameters[0])
+        step = len(tensor) if not by_rows(layer) else max(ROWS, BLOCK // max(1, tensor[0].numel()) // ROWS * ROWS)
+        if step >= len(tensor):
+            changed = merge_rows(layer, parameter, tensor, first)
+        else:  # a weight that had to be read whole: merged in runs of rows, for the memory
+            changed = tensor
+            for start in range(0, len(tensor), step):
+                part = merge_rows(layer, parameter, tensor[start : start + step], first + start)
+                if part.data_ptr() != tensor[start].data_ptr():
+                    tensor[start : start + step] = part
+        if sampled:
+            lost, wanted = rounded_away(layer, before, changed[:SAMPLE])
+            self.result.lost += lost
+            self.result.changed += wanted
+        return changed
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())

@@ -1,0 +1,122 @@
+"""The weights of a merged model, from the base's files and the adapter's, in bounded memory."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from lora_recipes.errors import MachineError, RefusedError
+from lora_recipes.merge.checkpoint import Checkpoint, Files, checkpoint_of, header_bytes
+from lora_recipes.merge.layout import Layout, lay_out, read_base
+from lora_recipes.merge.requantize import Requantizer
+from lora_recipes.merge.stream import Merger, Streamed
+from lora_recipes.model.adapted import adapter_on_meta
+from lora_recipes.model.build import meta_model, model_config
+from lora_recipes.model.machine import Choices
+from lora_recipes.model.source import Source
+from lora_recipes.recipe import Recipe
+from lora_recipes.run_dir import file_sha256
+
+SPARE = 64 * 2**20  # bytes on the disk beside the weights: tokenizer, configs, evidence
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A merge that is decided and not begun.
+
+    Attributes:
+        identity: sha256 of all that the result depends on.
+    """
+
+    layout: Layout
+    requantizer: Requantizer | None
+    identity: str
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The merged model without weights: its config and classes."""
+        return self.layout.model
+
+
+def plan_weights(recipe: Recipe, source: Source, choices: Choices, adapter: Path) -> Planned:
+    """Decide every tensor of the merged model from headers.
+
+    Args:
+        adapter: a PEFT folder.
+
+    Raises:
+        RefusedError: adapter and base do not belong together, or no plain model can express the adapter.
+        RunError: the base's weights are no safetensors.
+    """
+    checkpoint = checkpoint_of(recipe, source)
+    config = model_config(recipe, source)
+    original = recipe.get("merge.base", "original") == "original"
+    wanted = recipe.get("merge.dtype")
+    loaded = _dtype((wanted if original else None) or recipe.get("model.dtype", "auto"), config.dtype, checkpoint)
+    cast = getattr(torch, wanted) if wanted and not original else None
+    base = meta_model(config, recipe, loaded)
+    requantizer = None if original else Requantizer(base, choices.quantization, choices.device)
+    with Files() as files:
+        known = read_base(base, checkpoint, loaded, files)
+    model = adapter_on_meta(base, adapter)
+    layout = lay_out(known, model, cast, recipe.get("merge.max_shard_size"))
+    layout.model.config.dtype = cast or loaded
+    return Planned(layout, requantizer, _identity(layout, checkpoint, adapter, recipe, choices))
+
+
+def _dtype(wanted: str, of_config: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dtype:
+    """As from_pretrained: the type asked for, the config's, else that of the first weight that is not of integers."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    if of_config is not None:
+        return getattr(torch, of_config) if isinstance(of_config, str) else of_config
+    return next(stored.dtype for stored in checkpoint.tensors.values() if stored.dtype.is_floating_point)
+
+
+def _identity(layout: Layout, checkpoint: Checkpoint, adapter: Path, recipe: Recipe, choices: Choices) -> str:
+    """What a half-written merge must have been begun with to be gone on with."""
+    heads = [
+        header_bytes([(unit.outputs[n].name, unit.outputs[n].dtype, unit.outputs[n].shape) for unit, n in shard]).hex()
+        for shard in layout.shards.values()
+    ]
+    files = {stored.file for stored in checkpoint.tensors.values()}
+    stamps = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    adapters = [file_sha256(adapter / name) for name in ("adapter_model.safetensors", "adapter_config.json")]
+    quantized = choices.quantization if recipe.get("merge.base", "original") != "original" else None
+    return hashlib.sha256(json.dumps([heads, stamps, adapters, quantized, torch.__version__]).encode()).hexdigest()
+
+
+def write_weights(planned: Planned, folder: Path) -> Streamed:
+    """Merge into `folder`; what an earlier try finished there is kept.
+
+    Raises:
+        MachineError: the disk is too small.
+        RefusedError: NaN or infinity.
+    """
+    room = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if room < planned.layout.bytes + SPARE:
+        raise MachineError(
+            f"{folder.absolute()}: the merged model takes {planned.layout.bytes / 2**30:.1f} GiB, {room / 2**30:.1f} GiB "
+            "are free; make room, or run from a folder on another disk"
+        )
+    threads = torch.get_num_threads()
+    # One core is left to the threads that read, hash and write: on two cores a merge with both is half as fast.
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        with torch.no_grad(), Files() as files:
+            return Merger(planned.layout, files, planned.requantizer).write(folder, planned.identity)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def require_sums(folder: Path, sha256: dict[str, str]) -> None:
+    """Raises RefusedError when a file in `folder` is not, bit for bit, the one whose sha256 is given."""
+    for name, expected in sha256.items():
+        if not (folder / name).is_file():
+            raise RefusedError(f"{folder / name}: is gone")
+        if file_sha256(folder / name) != expected:
+            raise RefusedError(f"{folder / name}: its content is not what was written; the disk or somebody changed it")

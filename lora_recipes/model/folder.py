@@ -1,0 +1,70 @@
+"""What a published model folder may hold, and the list of checksums it is held against afterwards."""
+
+import re
+from pathlib import Path
+
+from lora_recipes.errors import RefusedError
+from lora_recipes.recipe.problem import SECRET_VALUE
+from lora_recipes.run_dir import file_sha256, write_text
+
+SUMS = "SHA256SUMS"  # the format of coreutils: `sha256sum -c SHA256SUMS` checks it
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+TEXTS = (".json", ".jinja", ".md", ".txt", ".py", ".model_card", ".yaml")
+LONGEST_TEXT = 64 * 2**20  # bytes; a tokenizer.json may have 20 MB
+
+
+def require_publishable(folder: Path, *, adapter: bool = False) -> None:
+    """Look for what must not leave this machine, or would load as something else.
+
+    Args:
+        adapter: whether the folder is an adapter's. A plain model beside an adapter config is adapted twice by transformers.
+
+    Raises:
+        RefusedError: a pickle, an adapter in a plain model's folder, a path of this machine, or a secret.
+    """
+    here = [str(place) for place in {Path.home(), Path.cwd()} if len(place.parts) > 1]
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if file.suffix in PICKLES:
+            raise RefusedError(f"{file}: a pickle, which runs code when it is loaded; nothing is published")
+        if file.name.startswith("adapter_") and not adapter:
+            raise RefusedError(
+                f"{file}: an adapter in a plain model's folder would be applied twice; nothing is published"
+            )
+        if file.suffix not in TEXTS or file.stat().st_size > LONGEST_TEXT:
+            continue
+        text = file.read_text(encoding="utf-8")
+        if SECRET_VALUE.search(text):
+            raise RefusedError(f"{file}: holds what looks like a secret; nothing is published")
+        for place in here:
+            if re.search(rf"{re.escape(place)}(/|\"|$)", text, re.MULTILINE):
+                raise RefusedError(f"{file}: holds a path of this machine ({place}); nothing is published")
+
+
+def write_sums(folder: Path, known: dict[str, str] | None = None) -> None:
+    """Write the sha256 of every file in the folder.
+
+    Args:
+        known: file name → sha256, for those that were computed while they were written.
+    """
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
+    sums = {name: (known or {}).get(name) or file_sha256(folder / name) for name in names}
+    write_text(folder / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """File name → sha256; {} where there is no list."""
+    file = folder / SUMS
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def require_intact(folder: Path) -> None:
+    """Raises RefusedError when a file of a published folder is not, bit for bit, what was published."""
+    for name, expected in read_sums(folder).items():
+        if not (folder / name).is_file():
+            raise RefusedError(f"{folder / name}: is gone; {folder} is not what was published. Publish it again")
+        if file_sha256(folder / name) != expected:
+            raise RefusedError(
+                f"{folder / name}: its sha256 is not that of {folder / SUMS}: the disk or somebody has changed it. "
+                f"Delete {folder} and make it again"
+            )

@@ -1,0 +1,98 @@
+"""Which base an adapter belongs to: name, revision and a hash of the weights, beside the adapter itself."""
+
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from lora_recipes.errors import RefusedError
+from lora_recipes.model.source import Source
+from lora_recipes.recipe import Recipe
+from lora_recipes.run_dir import cache_folder, file_sha256, read_json, write_json
+
+PROVENANCE = "provenance.json"  # in an adapter's folder; PEFT and the engines ignore it
+WEIGHTS = ("*.safetensors", "*.bin")
+BLOB = 64  # letters of a sha256; the hub's cache calls the blobs of large files by theirs
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model as an adapter knows it.
+
+    Attributes:
+        name: hub id, `package:NAME`, or the folder as the recipe names it; never an absolute path.
+        weights_sha256: of the names and sha256 of all weight files; two models with the same hash have the same weights.
+    """
+
+    name: str
+    revision: str | None
+    weights_sha256: str
+
+
+def base_of(recipe: Recipe, source: Source) -> Base:
+    """The recipe's base, whose weights are on this machine."""
+    return Base(portable_name(source), recipe.get("model.revision"), weights_sha256(recipe, source))
+
+
+def portable_name(source: Source) -> str:
+    """What an adapter may call its base: of an absolute path only the last part, which says nothing of this machine."""
+    absolute = source.kind == "folder" and Path(source.named).is_absolute()
+    return Path(source.named).name if absolute else source.named
+
+
+def weights_sha256(recipe: Recipe, source: Source) -> str:
+    """Hash of all weight files of a model that was loaded here before."""
+    folder = Path(source.location)
+    if source.kind == "hub":
+        keywords = {"revision": recipe.get("model.revision"), "cache_dir": recipe.get("model.cache_dir")}
+        folder = Path(snapshot_download(source.location, allow_patterns=[*WEIGHTS], local_files_only=True, **keywords))
+    folder /= recipe.get("model.subfolder", "")
+    files = sorted(file for pattern in WEIGHTS for file in folder.glob(pattern))
+    lines = [f"{_remembered(file)}  {file.name}\n" for file in files]
+    return sha256("".join(lines).encode()).hexdigest()
+
+
+def _remembered(file: Path) -> str:
+    """A file's sha256, computed once for a size and time of change: models have gigabytes."""
+    real = file.resolve()
+    if file.is_symlink() and len(real.name) == BLOB:
+        return real.name
+    memory = cache_folder("hashes") / f"{sha256(str(real).encode()).hexdigest()[:32]}.json"
+    stat = real.stat()
+    stamp = [str(real), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    known = read_json(memory)
+    if known.get("stamp") != stamp:
+        known = {"stamp": stamp, "sha256": file_sha256(real)}
+        write_json(memory, known)
+    return known["sha256"]
+
+
+def write_provenance(folder: Path, base: Base, **more: Any) -> None:
+    """Write down, in an adapter's folder, what it was trained on."""
+    write_json(folder / PROVENANCE, {"base": asdict(base), **more})
+
+
+def require_base(folder: Path, base: Base, *, force: bool) -> str | None:
+    """Hold an adapter against a base.
+
+    Returns:
+        why the adapter can not be held against it, or has been forced; None where it belongs to the base.
+
+    Raises:
+        RefusedError: it was trained on other weights, and `force` is False. It would load without an error wherever the
+            shapes are the same.
+    """
+    recorded = read_json(folder / PROVENANCE).get("base")
+    if recorded is None:
+        return f"{folder} has no {PROVENANCE}: nobody can tell which base it was trained on"
+    if recorded["weights_sha256"] == base.weights_sha256:
+        return None
+    message = (
+        f"{folder} was trained on {recorded['name']} (weights {recorded['weights_sha256'][:12]}), this base is {base.name} "
+        f"(weights {base.weights_sha256[:12]})"
+    )
+    if force:
+        return f"{message}; used all the same (--force)"
+    raise RefusedError(f"{message}: shapes may fit, answers will not. Use the base it was trained on, or --force")

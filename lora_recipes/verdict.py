@@ -1,0 +1,55 @@
+"""Ship or do not ship: what a run folder proves about the model in it, and what nobody has measured."""
+
+from typing import Any
+
+from lora_recipes.recipe import Recipe
+from lora_recipes.run_dir import RunDir, file_sha256, read_json, read_jsonl
+from lora_recipes.score import summary
+
+SHIP, DO_NOT_SHIP = "ship", "do not ship"
+
+
+def verdict(recipe: Recipe, run_dir: RunDir) -> dict[str, Any]:
+    """Every gate of a run, and what follows from them.
+
+    A gate is true (held), false (failed) or null (not measured, or measured with an adapter that is no longer there). A
+    model is shipped when all are held: what was not measured counts like what has failed.
+
+    Returns:
+        {"gates": {name: true, false or null}, "verdict": "ship" or "do not ship", "scores": {model: …}}
+    """
+    adapter = run_dir.adapter / "adapter_model.safetensors"
+    current = file_sha256(adapter) if recipe.get("lora") and adapter.is_file() else None
+    recorded = read_json(run_dir.status)
+    evaluation = _of(current, read_json(run_dir.evaluation))
+    parity = _of(current, read_json(run_dir.parity)) if run_dir.merged.is_dir() else {}
+    rows = read_jsonl(run_dir.generations)
+    rows = rows if all(row.get("adapter_sha256") == current for row in rows) else []
+    answers = summary(rows, recipe.section("checks"))
+    gates = {
+        "trained": recorded.get("state") == "complete" if recorded else None,
+        "improved": evaluation.get("improved"),
+        "not_forgotten": evaluation.get("forgetting", {}).get("passed"),
+        "answers": not answers["failed"] if rows else None,
+        "merge_parity": parity.get("passed") if parity.get("proof", "behaviour") == "behaviour" else None,
+        "merged_answers": _merged_answers(recipe, parity, answers),
+    }
+    ship = all(gates.values())
+    return {"gates": gates, "verdict": SHIP if ship else DO_NOT_SHIP, "scores": answers["scores"]}
+
+
+def _of(adapter: str | None, evidence: dict[str, Any]) -> dict[str, Any]:
+    """Evidence of this adapter; {} where it was another's."""
+    return evidence if evidence.get("adapter_sha256") == adapter else {}
+
+
+def _merged_answers(recipe: Recipe, parity: dict[str, Any], answers: dict[str, Any]) -> bool | None:
+    """Whether the merged model was asked the recipe's questions, and answered them as the adapter did."""
+    if "merged" not in answers["scores"]:
+        return None
+    share = answers["merged_equals_adapter"]
+    if share is None or (recipe.get("quantization") and parity.get("base") == "original"):
+        # There is no adapter beside it; or it was merged into the original weights, where a model answers like the 4-bit one
+        # only nearly. Its own answers were held against `checks` all the same.
+        return True
+    return share >= parity.get("tolerance", {}).get("greedy_agreement", 1.0)
