@@ -1,4 +1,4 @@
-"""`push`: uploads adapter, merged model or exports to the hub in one commit, with card and manifest, and nothing private."""
+"""`push`: uploads adapter, merged model or exports in one commit, with card and manifest, and nothing private."""
 
 import hashlib
 import json
@@ -59,8 +59,8 @@ def push(recipe: Recipe, *, dry_run: bool) -> dict[str, Any]:
     Raises:
         RecipeError: no `hub.repo_id`, or one that the hub does not take.
         RunError: the folder that is to be pushed is not there yet.
-        RefusedError: the folder is not what was published; a file holds a secret, a path of this machine or a pickle; or the repository is public and
-            `hub.private` does not say so.
+        RefusedError: the folder is not what was published; a file holds a secret, a path of this machine or a pickle;
+            or the repository is public and `hub.private` does not say so.
         MachineError: the hub is switched off, cannot be reached, or does not let this user in.
     """
     run_dir = RunDir.of(recipe.name)
@@ -110,7 +110,7 @@ def _require_folder(recipe: Recipe, run_dir: RunDir, name: str) -> Path:
 
 
 def _uploads(recipe: Recipe, run_dir: RunDir, name: str, folder: Path) -> list[Upload]:
-    """The folder's files, with a card where it has none, and the run's manifest without what belongs to this machine."""
+    """The folder's files, with a card where it has none, and the run's manifest without this machine's paths."""
     files: dict[str, Path | bytes] = {}
     for file in sorted(folder.rglob("*")):
         if file.is_symlink() or not (file.is_file() or file.is_dir()):

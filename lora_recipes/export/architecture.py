@@ -62,8 +62,8 @@ def add_hyperparameters(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> li
     window = getattr(config, "sliding_window", None)
     if config.model_type == "mistral" and window and window < context:
         notes.append(
-            f"the context is given as {window}, the model's sliding window (max_position_embeddings: {context}): llama.cpp "
-            "has no window in this architecture, and within it both are the same"
+            f"the context is given as {window}, the model's sliding window (max_position_embeddings: {context}): "
+            "llama.cpp has no window in this architecture, and within it both are the same"
         )
         context = window
     writer.add_context_length(context)

@@ -20,7 +20,7 @@ def converter(recipe: Recipe, reason: str) -> Path:
     folder = recipe.get("export.llama_cpp")
     if folder is None:
         raise RecipeError(
-            f"{recipe.where('model.pretrained_model_name_or_path')}: this model is not converted to GGUF here: {reason}. "
+            f"{recipe.where('model.pretrained_model_name_or_path')}: not converted to GGUF here: {reason}. "
             "Llama, SmolLM, Mistral, Qwen2 and Qwen3 are built in; for others name a llama.cpp checkout "
             "(git clone https://github.com/ggml-org/llama.cpp): export.llama_cpp=FOLDER. Or export the adapter alone: "
             "export.formats='[adapter]'"

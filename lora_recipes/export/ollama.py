@@ -1,4 +1,4 @@
-"""An Ollama Modelfile for a GGUF file: the chat template in Ollama's own language where it has one, end tokens, sampling."""
+"""An Ollama Modelfile for a GGUF file: the chat template in Ollama's language where it can be, end tokens, sampling."""
 
 import json
 from collections.abc import Callable
@@ -32,7 +32,7 @@ SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "m
 
 @dataclass(frozen=True)
 class Form:
-    """The text between the messages of a conversation that alternates user and assistant, after at most one system message.
+    """The texts between the messages of a chat: at most one system message, then user and assistant by turns.
 
     Attributes:
         opening: before the first question.
@@ -194,7 +194,7 @@ def _stops(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig, sec
 
 
 def _parameters(section: dict[str, Any]) -> dict[str, Any]:
-    """Answers as the recipe generates them: greedy unless it samples, and unpunished repetition, which Ollama punishes."""
+    """Answers as the recipe generates them: greedy unless it samples, and with no penalty that it does not set."""
     parameters: dict[str, Any] = {"temperature": 0}
     if section.get("do_sample"):
         parameters = {

@@ -159,7 +159,7 @@ def _byte_level(state: dict[str, Any]) -> Vocabulary:
 
 
 def _splitter(state: dict[str, Any]) -> str:
-    """llama.cpp's name of the pre-tokenizer, recognised by what it does. A wrong name splits words otherwise, in silence."""
+    """llama.cpp's name of the pre-tokenizer, recognised by what it does; a wrong one splits otherwise, in silence."""
     pre = state["pre_tokenizer"] or {"type": "none"}
     steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
     last = steps[-1]

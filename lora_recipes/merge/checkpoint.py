@@ -35,6 +35,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100 * 2**20  # bytes; the limit that safetensors itself has
 INDEX = "model.safetensors.index.json"
+PART = 2**21  # elements that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,20 @@ class Files:
 
     def read(self, stored: Stored) -> torch.Tensor:
         """The whole tensor."""
-        flat = torch.empty(stored.numel, dtype=stored.dtype)
-        self.read_into(stored, 0, flat)
-        return flat.view(stored.shape)
+        return self._part(stored, 0, stored.numel).view(stored.shape)
+
+    def equal(self, one: Stored, other: Stored, loaded: torch.dtype) -> bool:
+        """Whether two tensors are the same once they are loaded in a type. Embeddings: they are read part by part."""
+        if one.shape != other.shape:
+            return False
+        for first in range(0, one.numel, PART):
+            count = min(PART, one.numel - first)
+            parts = [self._part(stored, first, count).to(loaded) for stored in (one, other)]
+            if not torch.equal(*parts):
+                return False
+        return True
+
+    def _part(self, stored: Stored, first: int, count: int) -> torch.Tensor:
+        flat = torch.empty(count, dtype=stored.dtype)
+        self.read_into(stored, first, flat)
+        return flat

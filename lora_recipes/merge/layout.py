@@ -120,7 +120,7 @@ def read_base(model: PreTrainedModel, checkpoint: Checkpoint, loaded: torch.dtyp
         loaded: type that the model is loaded in.
     """
     matches, dropped = _match(model, checkpoint)
-    dropped += _untie_what_differs(model, matches, files)
+    dropped += _untie_what_differs(model, matches, loaded, files)
     where = {name: found for found in matches for name in found.parameters}
     parameters = model.state_dict(keep_vars=True)
     return Base(
@@ -170,7 +170,9 @@ def _natural(name: str) -> list[Any]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
 
 
-def _untie_what_differs(base: PreTrainedModel, matches: Iterable[_Match], files: Files) -> list[str]:
+def _untie_what_differs(
+    base: PreTrainedModel, matches: Iterable[_Match], loaded: torch.dtype, files: Files
+) -> list[str]:
     """Where a checkpoint holds both of two tied tensors, they are one only if they are equal.
 
     Returns:
@@ -181,7 +183,7 @@ def _untie_what_differs(base: PreTrainedModel, matches: Iterable[_Match], files:
     for target, origin in list(base.all_tied_weights_keys.items()):
         if target not in stored or origin not in stored:
             continue
-        if torch.equal(files.read(stored[target]), files.read(stored[origin])):
+        if files.equal(stored[target], stored[origin], loaded):
             needless.append(stored[target].name)
             continue
         parent, _, last = target.rpartition(".")
@@ -244,11 +246,7 @@ def lay_out(base: Base, model: PeftModel, cast: torch.dtype | None, max_shard_si
                 units.append(_converted(found, final, loaded, cast, layers))
             continue
         stored = found.stored[0] if found is not None else None
-        written = Output(
-            stored.name if stored is not None and home == name else _saved_name(name, tensor, final),
-            _written_as(loaded, cast),
-            tuple(tensor.shape),
-        )
+        written = Output(_saved_name(name, tensor, final), _written_as(loaded, cast), tuple(tensor.shape))
         changed = tuple(layers.get(id(tensor), []))
         if tensor.device.type != "meta":  # the adapter holds all of it
             units.append(Unit((name,), (), (written,), loaded, layers=changed, whole=tensor))
@@ -316,7 +314,10 @@ def _shards(
 ) -> dict[str, list[tuple[Unit, int]]]:
     """Tensors in the order of the base's files; new ones follow at the end."""
     of_name = {output.name: (unit, number) for unit in units for number, output in enumerate(unit.outputs)}
-    files = [[name for stored in shard if (name := stored.name) in of_name] for shard in checkpoint.shards.values()]
+    # Most names are those on disk; what was saved without the prefix of a causal model gets it.
+    renamed = {unit.stored[0].name: unit.outputs[0].name for unit in units if len(unit.stored) == len(unit.outputs) == 1}
+    files = [[renamed.get(stored.name, stored.name) for stored in shard] for shard in checkpoint.shards.values()]
+    files = [[name for name in names if name in of_name] for names in files]
     known = {name for names in files for name in names}
     files[-1] += [name for name in of_name if name not in known]
     if max_shard_size is not None:

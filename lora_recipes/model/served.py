@@ -1,4 +1,4 @@
-"""Answers of a model folder as its users get them: over HTTP, from `transformers serve`, through the `openai` client."""
+"""Answers of a model folder as users get them: from `transformers serve` over HTTP, through the `openai` client."""
 
 import importlib.util
 import os

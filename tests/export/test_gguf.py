@@ -1,4 +1,4 @@
-"""A GGUF file is the model it was made from: logits of transformers' reader, bits of the tensors, numbers of the config."""
+"""A GGUF file is the model it was made from: logits read back, bits of the tensors, numbers of the config."""
 
 import json
 from pathlib import Path

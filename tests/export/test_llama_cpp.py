@@ -1,4 +1,4 @@
-"""llama.cpp itself, through its Python binding where that is installed, computes and tokenizes what transformers does."""
+"""llama.cpp, through its Python binding where that is installed, computes and tokenizes what transformers does."""
 
 import json
 from pathlib import Path

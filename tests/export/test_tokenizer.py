@@ -21,7 +21,7 @@ def vocabulary(tokenizer: Any, **generation: Any) -> Vocabulary:
 
 
 def llama_cpp_spm(made: Vocabulary, text: str) -> list[int]:
-    """SentencePiece's greedy rule by scores, as llama.cpp applies it: join the best neighbours until none make a token."""
+    """SentencePiece's greedy rule by scores, as llama.cpp applies it: join the best neighbours until none join."""
     numbers = {token: number for number, token in enumerate(made.tokens)}
     pieces = list((" " if made.add_space_prefix else "").replace(" ", "▁") + text.replace(" ", "▁"))
     while True:
