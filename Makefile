@@ -9,7 +9,7 @@ CONFIG ?=
 VERBS := check show plan audit preview generate chat evaluate merge export push status
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test proofs lint bench-data bench-memory table schema data train new $(VERBS)
+.PHONY: help install install-dev demo test proofs lint bench-data bench-memory bench-merge bench-hot-swap bench-forgetting table schema data train new $(VERBS)
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z$$][a-zA-Z$$()_-]*:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,7 @@ demo: install  ## train, merge and compare the demo recipe (RECIPE=...), end to 
 	$(BIN)/lora-recipes train "$(RECIPE)" $(ARGS) --resume $(if $(CONFIG),--config_file $(CONFIG))
 	test -d outputs/$(basename $(notdir $(RECIPE)))/merged || $(BIN)/lora-recipes merge "$(RECIPE)" $(ARGS)
 	$(BIN)/lora-recipes generate "$(RECIPE)" $(ARGS)
+	$(BIN)/lora-recipes evaluate "$(RECIPE)" $(ARGS)
 	$(BIN)/lora-recipes status "$(RECIPE)" $(ARGS)
 
 test: install-dev  ## the default test suite, offline
@@ -55,6 +56,15 @@ bench-data: install-dev  ## rows to tokens: ours, the bare tokenizer, SFTTrainer
 
 bench-memory: install-dev  ## peak memory as planned and as it is, into docs/plan.md (about 15 minutes); BENCH="--only 0 3" prints some
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory.py $(or $(BENCH),--write)
+
+bench-merge: install  ## a streaming merge of a 7B-shaped model against cp and PEFT in memory; BENCH="--layers 4" for a small one
+	$(BIN)/python benchmarks/merge.py $(BENCH)
+
+bench-hot-swap: install  ## 50 swaps among three adapters; BENCH=--tiny for a quick look
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/hot_swap.py $(BENCH)
+
+bench-forgetting: install  ## what a gentle, a mixed and a brutal training of the demo forget (about 30 minutes)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/forgetting.py
 
 table: install  ## plan every recipe against common cards, into README and docs (about 5 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/lora-recipes plan --table

@@ -16,9 +16,9 @@ from lora_recipes.recipe import Recipe
 SHIPPED = ("data/general/chat.jsonl", "data/general/text.jsonl")
 MAX_ROWS = 100  # of each file
 MAX_LENGTH = 512  # tokens of a row that are looked at
-# Nats a token; how they were chosen: docs/evaluate.md.
-MAX_LOSS_INCREASE = 0.1
-MAX_KL = 0.1
+# Nats a token. Between a gentle run of the demo and its own, which is after one job only (docs/evaluate.md).
+MAX_LOSS_INCREASE = 0.2
+MAX_KL = 0.3
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ OWN_KEYS: dict[str, dict[str, dict[str, Any]]] = {
             },
             "description": "What `evaluate` asks of text that the run did not train on: `data_files` (unset: "
             "data/general), `max_rows`, and the largest rise of its loss and KL divergence from the base, both in nats "
-            "a token (unset: 0.1 and 0.1).",
+            "a token (unset: 0.2 and 0.3).",
         },
     },
     "export": {
