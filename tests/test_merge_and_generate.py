@@ -177,7 +177,6 @@ def test_a_merge_that_does_not_answer_like_the_adapter_is_not_published(
     assert read_json(run_dir.parity)["passed"] is False
 
 
-
 def test_status_tells_what_is_proved_and_what_to_type_next(
     write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture
 ):
@@ -197,7 +196,6 @@ def test_status_tells_what_is_proved_and_what_to_type_next(
     assert found["gates"]["merge_parity"] is True and found["gates"]["merged_answers"] is True
     assert found["gates"]["answers"] is True and found["gates"]["improved"] is None
     assert found["verdict"] == "do not ship" and found["next"] == [f"lora-recipes evaluate {path}"]
-
 
 
 def test_the_dequantized_base_is_quantized_from_the_type_it_was_trained_in(write_recipe: Callable[..., Path]):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora_recipes.cli import main
+from lora_recipes.errors import MachineError
 from lora_recipes.merge import parity
 from lora_recipes.model.folder import write_sums
 from lora_recipes.run_dir import RunDir, read_json
@@ -257,6 +258,20 @@ def test_what_must_not_be_published(run: RunDir, in_merged: Callable, name: str,
     assert main(["merge", "r.yaml"]) == 4
     assert said in told()
     assert not run.merged.exists()
+
+
+def test_a_killed_proof_costs_no_second_merge(run: RunDir, monkeypatch: pytest.MonkeyPatch, told: Told):
+    def killed(proof: parity.Proof) -> dict:
+        raise MachineError("the process that reloaded the merged model was killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parity, "prove", killed)
+        assert main(["merge", "r.yaml"]) == 3
+    kept = (run.root / ".merged.staging" / "model.safetensors").stat().st_mtime_ns
+    assert not run.merged.exists() and not read_json(run.parity)["passed"]
+    assert main(["merge", "r.yaml"]) == 0
+    assert (run.merged / "model.safetensors").stat().st_mtime_ns == kept
+    assert not list(run.merged.glob(".*"))
 
 
 def test_every_published_file_is_listed_and_readable(run: RunDir):

@@ -39,7 +39,9 @@ def test_the_demo_learns_its_task_and_merges_into_the_same_answers(name: str, tm
     assert scores["adapter"]["stopped_by_eos"] == scores["merged"]["stopped_by_eos"] == 1.0
     assert parity["passed"] and answers["merged_equals_adapter"] == 1.0
     evaluation = verb("evaluate", recipe)
-    assert evaluation["improved"] and evaluation["forgetting"]["kl"] > 0.3  # more than a gentle run forgets (docs/evaluate.md)
+    assert (
+        evaluation["improved"] and evaluation["forgetting"]["kl"] > 0.3
+    )  # more than a gentle run forgets (docs/evaluate.md)
     assert evaluation["verdict"] == verb("status", recipe)["verdict"] == "ship"
 
 

@@ -16,7 +16,7 @@ from lora_recipes.data.load import LoadedData, load_data
 from lora_recipes.errors import MachineError, RefusedError, RunError
 from lora_recipes.merge import parity
 from lora_recipes.merge.parity import TOLERANCES, Asked, Proof
-from lora_recipes.merge.stream import Streamed
+from lora_recipes.merge.stream import Streamed, forget_progress
 from lora_recipes.merge.weights import Planned, plan_weights, write_weights
 from lora_recipes.model.adapted import attach_adapter, check_adapter, require_change
 from lora_recipes.model.adapters import combine, parse_weighted
@@ -174,7 +174,9 @@ def _merged(job: _Job, scratch: Path, started: float) -> dict[str, Any]:
         report |= _observe(job, scratch, observed)
     with published(job.run_dir.merged, resumes=True) as staging:
         began = time.monotonic()
-        streamed = write_weights(job.planned, staging)
+        streamed = write_weights(
+            job.planned, staging, keep_progress=True
+        )  # a proof that is killed costs no second merge
         report |= {
             "written_bytes": job.planned.layout.bytes,
             "written_seconds": round(time.monotonic() - began, 2),
@@ -195,6 +197,7 @@ def _merged(job: _Job, scratch: Path, started: float) -> dict[str, Any]:
                 f"{report['max_abs_logit_difference']:.3g}, mean KL {report['mean_kl']:.3g}, "
                 f"{100 * report['greedy_agreement']:.0f} % of greedy texts are the same; see {job.run_dir.parity}"
             )
+        forget_progress(staging)
         write_sums(staging, streamed.sha256)
     return report
 

@@ -15,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from lora_recipes.errors import RefusedError
 from lora_recipes.merge.checkpoint import Files
 from lora_recipes.merge.layout import Layer, Unit
+from lora_recipes.merge.requantize import Requantizer
 
 # A product cut into runs of rows has the same bits as the whole one where the rank is small enough for the kernels to
 # keep one order of addition (seen with MKL up to 256; at 1,024 they differ).
@@ -51,7 +52,7 @@ def merge_rows(layer: Layer, parameter: torch.Tensor, weight: torch.Tensor, firs
             return _merged(layer, base, layer.parameter_name)
     (name,) = layer.active_adapters
     if parameter is getattr(base, "bias", None):
-        return _bias(layer, base, name, weight)
+        return _bias(layer, base, name, weight, rows)
     partial = len(weight) < len(base.weight)
     with (
         _without_bias(layer, name),
@@ -71,11 +72,17 @@ def _row_parts(layer: LoraLayer, name: str, rows: slice) -> Iterator[tuple[Any, 
         yield magnitude, "weight", magnitude.weight[rows]
 
 
-def _bias(layer: LoraLayer, base: torch.nn.Module, name: str, bias: torch.Tensor) -> torch.Tensor:
+def _bias(layer: LoraLayer, base: torch.nn.Module, name: str, bias: torch.Tensor, rows: slice) -> torch.Tensor:
     """The bias alone: a weight without columns is merged along."""
-    first = layer.lora_A[name]
+    first, second = layer.lora_A[name], layer.lora_B[name]
     empty = torch.empty(len(bias), 0, dtype=bias.dtype)
-    with _lent((base, "bias", bias), (base, "weight", empty), (first, "weight", first.weight[:, :0])):
+    with _lent(
+        (base, "bias", bias),
+        (base, "weight", empty),
+        (first, "weight", first.weight[:, :0]),
+        (second, "weight", second.weight[rows]),
+        (second, "bias", second.bias[rows]),
+    ):
         return _merged(layer, base, "bias")
 
 
@@ -129,7 +136,9 @@ def _without_bias(layer: LoraLayer, name: str) -> Iterator[None]:
         layer.lora_bias[name] = had
 
 
-def convert_and_merge(unit: Unit, model: PreTrainedModel, files: Files) -> dict[str, torch.Tensor]:
+def convert_and_merge(
+    unit: Unit, model: PreTrainedModel, files: Files, requantizer: Requantizer | None
+) -> dict[str, torch.Tensor]:
     """The tensors that are written of a unit whose parameters are not laid out as on disk (experts in one tensor)."""
     assert unit.converter is not None
     converter = deepcopy(unit.converter)
@@ -139,7 +148,10 @@ def convert_and_merge(unit: Unit, model: PreTrainedModel, files: Files) -> dict[
     written = unit.outputs[0].dtype
     merged = {}
     for name, value in values.items():
-        tensor = (value[0] if isinstance(value, list) else value).to(written)
+        tensor = value[0] if isinstance(value, list) else value
+        if requantizer:
+            tensor = requantizer.opened(name, tensor)
+        tensor = tensor.to(written)
         parameter = model.get_parameter_or_buffer(name)
         for layer in unit.layers:
             if parameter is changed_by(layer):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from huggingface_hub import snapshot_download
 
 from lora_recipes.errors import RefusedError, RunError
+from lora_recipes.model.build import refusals_of
 from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
 
@@ -29,8 +31,13 @@ DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100 * 2**20  # bytes; the limit that safetensors itself has
@@ -76,20 +83,38 @@ def checkpoint_of(recipe: Recipe, source: Source) -> Checkpoint:
         RunError: its weights are no safetensors.
         RefusedError: a header is broken, a file is shorter than its header says, or the index names a missing file.
     """
-    folder = Path(source.location)
     if source.kind == "hub":
-        keywords = {"revision": recipe.get("model.revision"), "cache_dir": recipe.get("model.cache_dir")}
-        patterns = ["*.safetensors", "*.safetensors.index.json", "*.py"]
-        local = bool(recipe.get("model.local_files_only"))
-        folder = Path(snapshot_download(source.location, allow_patterns=patterns, local_files_only=local, **keywords))
-    folder /= recipe.get("model.subfolder", "")
-    return read_checkpoint(folder, recipe.get("model.variant"))
+        return _of_hub(recipe, source)
+    return read_checkpoint(Path(source.location) / recipe.get("model.subfolder", ""), recipe.get("model.variant"))
+
+
+def _of_hub(recipe: Recipe, source: Source) -> Checkpoint:
+    """Only what is loaded is downloaded: beside it a repository often holds the same weights in another form."""
+    keywords = {"revision": recipe.get("model.revision"), "cache_dir": recipe.get("model.cache_dir")}
+    local, variant = bool(recipe.get("model.local_files_only")), recipe.get("model.variant")
+    inner = Path(recipe.get("model.subfolder", ""))
+
+    def fetched(patterns: list[str]) -> Path:
+        with refusals_of(recipe, "model"):
+            found = snapshot_download(source.location, allow_patterns=patterns, local_files_only=local, **keywords)
+        return Path(found) / inner
+
+    single, index = _titles(variant)
+    folder = fetched([str(inner / single), str(inner / index), "*.py"])
+    if not (folder / single).is_file() and (folder / index).is_file():
+        fetched([str(inner / name) for name in set(_weight_map(folder / index).values())])
+    return read_checkpoint(folder, variant)
+
+
+def _titles(variant: str | None) -> tuple[str, str]:
+    """Names of the only weight file, and of the index of several."""
+    middle = f".{variant}" if variant else ""
+    return f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"
 
 
 def read_checkpoint(folder: Path, variant: str | None = None) -> Checkpoint:
     """The weight files in `folder`, as transformers would choose them: one file, else those of the index."""
-    middle = f".{variant}" if variant else ""
-    single, index = folder / f"model{middle}.safetensors", folder / f"model.safetensors.index{middle}.json"
+    single, index = (folder / title for title in _titles(variant))
     if single.is_file():
         return Checkpoint(folder, {single.name: read_header(single)})
     if not index.is_file():
@@ -97,7 +122,7 @@ def read_checkpoint(folder: Path, variant: str | None = None) -> Checkpoint:
             f"{folder}: no {single.name} and no {index.name}; merging reads safetensors only. Convert the weights first: "
             "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
         )
-    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    weight_map = _weight_map(index)
     shards = {}
     for name in sorted(set(weight_map.values())):
         if not (folder / name).is_file():
@@ -108,6 +133,17 @@ def read_checkpoint(folder: Path, variant: str | None = None) -> Checkpoint:
     if lost:
         raise RefusedError(f"{index}: {min(lost)} is in none of its files")
     return Checkpoint(folder, shards)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor → file, as an index says."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RefusedError(f"{index}: no index of weights: {error!r}") from None
+    if not found or not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise RefusedError(f"{index}: no index of weights: `weight_map` names no files")
+    return found
 
 
 def read_header(file: Path) -> list[Stored]:
@@ -122,17 +158,23 @@ def read_header(file: Path) -> list[Stored]:
             if length > LONGEST_HEADER:
                 raise ValueError(f"a header of {length} bytes")
             header: dict[str, Any] = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        begin = 8 + length
         found = [
-            Stored(name, file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-            for name, entry in header.items()
+            (Stored(name, file, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin + first), begin + end)
+            for name, entry in entries.items()
+            for first, end in [entry["data_offsets"]]
         ]
-        ends = max((8 + length + entry["data_offsets"][1] for entry in header.values()), default=8 + length)
-    except (ValueError, KeyError, TypeError, struct.error) as error:
-        raise RefusedError(f"{file}: no safetensors file: {error}") from None
-    if file.stat().st_size != ends:
-        raise RefusedError(f"{file}: {file.stat().st_size} bytes long, where its header says {ends}; it was cut off")
-    return sorted(found, key=lambda stored: stored.start)
+        found.sort(key=lambda pair: (pair[0].start, pair[1]))
+        for stored, end in found:  # each begins where the one before it ends, so none overlap and nothing lies between
+            if stored.start != begin or stored.start + stored.bytes != end:
+                raise ValueError(f"{stored.name} does not lie where it should")
+            begin = end
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise RefusedError(f"{file}: no safetensors file that can be merged: {error}") from None
+    if file.stat().st_size != begin:
+        raise RefusedError(f"{file}: {file.stat().st_size} bytes long, where its header says {begin}; it was cut off")
+    return [stored for stored, _ in found]
 
 
 def header_bytes(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
@@ -149,10 +191,11 @@ def header_bytes(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) ->
 
 
 class Files:
-    """Files that are read at a place, each opened once. The pages that were read are not kept in memory."""
+    """Files that are read at a place, each opened once. May be used by several threads."""
 
     def __init__(self) -> None:
         self.descriptors: dict[Path, int] = {}
+        self.opening = Lock()
 
     def __enter__(self) -> "Files":
         return self
@@ -163,11 +206,7 @@ class Files:
 
     def read_into(self, stored: Stored, first: int, buffer: torch.Tensor) -> None:
         """Fill `buffer` (1-D, of the stored type) with the tensor's values from number `first` on."""
-        descriptor = self.descriptors.get(stored.file)
-        if descriptor is None:
-            descriptor = self.descriptors[stored.file] = os.open(stored.file, os.O_RDONLY)
-            with suppress(AttributeError, OSError):  # a hint, which not every system takes
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        descriptor = self._descriptor(stored.file)
         view = memoryview(buffer.view(torch.uint8).numpy())
         at, read = stored.start + first * stored.dtype.itemsize, 0
         while read < len(view):
@@ -175,6 +214,14 @@ class Files:
             if not count:
                 raise RefusedError(f"{stored.file}: {stored.name} was cut off while it was read")
             read += count
+
+    def _descriptor(self, file: Path) -> int:
+        with self.opening:
+            if file not in self.descriptors:
+                self.descriptors[file] = descriptor = os.open(file, os.O_RDONLY)
+                with suppress(AttributeError, OSError):  # a hint, which not every system takes
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            return self.descriptors[file]
 
     def read(self, stored: Stored) -> torch.Tensor:
         """The whole tensor."""

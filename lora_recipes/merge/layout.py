@@ -193,15 +193,25 @@ def _untie_what_differs(
 
 
 def layers_by_parameter(model: PeftModel) -> dict[int, list[Layer]]:
-    """PEFT's layers by the identity of the base's parameter that each changes."""
+    """PEFT's layers by the identity of the base's parameter that each changes.
+
+    Raises:
+        RefusedError: a bias was trained where the base has none to add it to.
+    """
     found: dict[int, list[Layer]] = {}
-    for module in model.modules():
+    for name, module in model.named_modules():
         changed: list[torch.Tensor | None] = []
         if isinstance(module, ParamWrapper):
             changed = [module.get_param()]
         elif isinstance(module, LoraLayer):
             base = module.get_base_layer()
-            changed = [base.weight, base.bias if any(module.lora_bias.values()) else None]
+            biased = any(module.lora_bias.values())
+            if biased and getattr(base, "bias", None) is None:
+                raise RefusedError(
+                    f"{name}: was trained with `lora_bias`, and the base has no bias there, so no plain model can hold it; "
+                    "serve it as an adapter"
+                )
+            changed = [base.weight, base.bias if biased else None]
         elif isinstance(module, TrainableTokensLayer):
             changed = [module.get_base_layer().weight]
         for parameter in changed:
@@ -315,7 +325,9 @@ def _shards(
     """Tensors in the order of the base's files; new ones follow at the end."""
     of_name = {output.name: (unit, number) for unit in units for number, output in enumerate(unit.outputs)}
     # Most names are those on disk; what was saved without the prefix of a causal model gets it.
-    renamed = {unit.stored[0].name: unit.outputs[0].name for unit in units if len(unit.stored) == len(unit.outputs) == 1}
+    renamed = {
+        unit.stored[0].name: unit.outputs[0].name for unit in units if len(unit.stored) == len(unit.outputs) == 1
+    }
     files = [[renamed.get(stored.name, stored.name) for stored in shard] for shard in checkpoint.shards.values()]
     files = [[name for name in names if name in of_name] for names in files]
     known = {name for names in files for name in names}

@@ -1,5 +1,7 @@
 """A file that is written once, past the page cache where the system allows it, with its sha256."""
 
+import errno
+import fcntl
 import hashlib
 import mmap
 import os
@@ -20,7 +22,7 @@ class Sink:
     """
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = _open(path)
+        self.path, self.descriptor = path, _open(path)
         self.buffers = [mmap.mmap(-1, SIZE), mmap.mmap(-1, SIZE)]  # begin at a page
         self.filled = 0
         self.total = 0
@@ -47,10 +49,18 @@ class Sink:
         full = self.buffers[0]
         if self.pending is not None:
             self.pending.result()
-        self.pending = self.disk.submit(_write, self.descriptor, memoryview(full)[:length])
+        self.pending = self.disk.submit(self._write, memoryview(full)[:length])
         self.hasher.update(memoryview(full)[: self.filled])
         self.buffers.reverse()
         self.filled = 0
+
+    def _write(self, data: memoryview) -> None:
+        while len(data):
+            try:
+                data = data[os.write(self.descriptor, data) :]
+            except OSError as error:
+                if error.errno != errno.EINVAL or not _stop_direct(self.descriptor):
+                    raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     @property
     def sha256(self) -> str:
@@ -78,6 +88,9 @@ def _open(path: Path) -> int:
     return os.open(path, flags, 0o644)
 
 
-def _write(descriptor: int, data: memoryview) -> None:
-    while len(data):
-        data = data[os.write(descriptor, data) :]
+def _stop_direct(descriptor: int) -> bool:
+    """Whether a file was written past the page cache until now: some file systems open one so and then refuse to write."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    direct = getattr(os, "O_DIRECT", 0)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~direct)
+    return bool(flags & direct)

@@ -76,36 +76,36 @@ class Merger:
     def __init__(self, layout: Layout, files: Files, requantizer: Requantizer | None) -> None:
         self.layout, self.files, self.requantizer = layout, files, requantizer
         self.result = Streamed()
-        self.converted: dict[str, torch.Tensor] = {}
+        self.converted: dict[str, torch.Tensor] = {}  # computed, and not written yet
+        self.written: set[str] = set()  # in shards that were kept
 
     def write(self, folder: Path, plan: str) -> Streamed:
         """Write every shard and the index into `folder`; shards that are there already and whole are kept.
 
         Args:
-            plan: says what is merged into what; shards of another plan are written anew.
+            plan: says what is merged into what; what is there of another plan is removed.
 
         Raises:
             RefusedError: NaN or infinity.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        done = read_json(folder / DONE)
-        finished: dict[str, Any] = done["shards"] if done.get("plan") == plan else {}
+        finished = _finished(folder, plan)
+        _remove_others(folder, finished)
+        self.result.kept = len(finished)
+        self.written = {unit.outputs[n].name for title in finished for unit, n in self.layout.shards[title]}
         for title in self.layout.shards:
-            record = finished.get(title)
-            if record and (folder / title).is_file() and file_sha256(folder / title) == record["sha256"]:
-                self.result.kept += 1
-            else:
-                before = (self.result.lost, self.result.changed)
-                digest = self._shard(folder, title)
-                lost, changed = self.result.lost - before[0], self.result.changed - before[1]
-                record = finished[title] = {"sha256": digest, "lost": lost, "changed": changed}
-                write_json(folder / DONE, {"plan": plan, "shards": finished})
-            self.result.sha256[title] = record["sha256"]
-        self.result.lost = sum(record["lost"] for record in finished.values())
-        self.result.changed = sum(record["changed"] for record in finished.values())
+            if title in finished:
+                continue
+            self.result.lost = self.result.changed = 0.0
+            digest = self._shard(folder, title)
+            finished[title] = {"sha256": digest, "lost": self.result.lost, "changed": self.result.changed}
+            write_json(folder / DONE, {"plan": plan, "shards": finished})
+        records = [finished[title] for title in self.layout.shards]  # added up in one order, whatever was kept
+        self.result.sha256 = {title: finished[title]["sha256"] for title in self.layout.shards}
+        self.result.lost = sum(record["lost"] for record in records)
+        self.result.changed = sum(record["changed"] for record in records)
         if len(self.layout.shards) > 1:
             self._index(folder)
-        (folder / DONE).unlink(missing_ok=True)
         return self.result
 
     def _index(self, folder: Path) -> None:
@@ -190,8 +190,11 @@ class Merger:
     def _merged(self, block: Block, tensor: torch.Tensor) -> torch.Tensor:
         unit, output = block.unit, block.unit.outputs[block.output]
         if unit.converter is not None:
-            if output.name not in self.converted:
-                self.converted |= convert_and_merge(unit, self.layout.model, self.files)
+            if (
+                output.name not in self.converted
+            ):  # the first of this unit that is written, so the others are still to come
+                found = convert_and_merge(unit, self.layout.model, self.files, self.requantizer)
+                self.converted |= {name: value for name, value in found.items() if name not in self.written}
             tensor = self.converted.pop(output.name)
         else:
             tensor = tensor.to(unit.loaded)
@@ -222,6 +225,34 @@ class Merger:
             self.result.lost += lost
             self.result.changed += wanted
         return changed
+
+
+def _finished(folder: Path, plan: str) -> dict[str, Any]:
+    """File name → record of each shard that an earlier try of the same plan has written, and that is whole."""
+    try:
+        done = read_json(folder / DONE)
+    except ValueError:  # no record is no progress
+        return {}
+    if done.get("plan") != plan:
+        return {}
+    records: dict[str, Any] = done["shards"]
+    return {
+        title: record
+        for title, record in records.items()
+        if (folder / title).is_file() and file_sha256(folder / title) == record["sha256"]
+    }
+
+
+def _remove_others(folder: Path, kept: dict[str, Any]) -> None:
+    """Whatever else an earlier try has left: half-written shards, damaged ones, and those of another plan."""
+    for file in [*folder.glob("*.safetensors"), *folder.glob(".*.part"), folder / INDEX]:
+        if file.name not in kept:
+            file.unlink(missing_ok=True)
+
+
+def forget_progress(folder: Path) -> None:
+    """Remove the record of what is whole. Until then a merge into `folder` goes on where it was."""
+    (folder / DONE).unlink(missing_ok=True)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

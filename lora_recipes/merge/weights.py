@@ -5,15 +5,18 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import peft
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from lora_recipes.errors import MachineError, RefusedError
 from lora_recipes.merge.checkpoint import Checkpoint, Files, checkpoint_of, header_bytes
 from lora_recipes.merge.layout import Layout, lay_out, read_base
 from lora_recipes.merge.requantize import Requantizer
-from lora_recipes.merge.stream import Merger, Streamed
+from lora_recipes.merge.stream import Merger, Streamed, forget_progress
 from lora_recipes.model.adapted import adapter_on_meta
 from lora_recipes.model.build import meta_model, model_config
 from lora_recipes.model.machine import Choices
@@ -65,7 +68,8 @@ def plan_weights(recipe: Recipe, source: Source, choices: Choices, adapter: Path
     model = adapter_on_meta(base, adapter)
     layout = lay_out(known, model, cast, recipe.get("merge.max_shard_size"))
     layout.model.config.dtype = cast or loaded
-    return Planned(layout, requantizer, _identity(layout, checkpoint, adapter, recipe, choices))
+    how = None if original else [choices.quantization, choices.device, str(loaded)]
+    return Planned(layout, requantizer, _identity(layout, checkpoint, adapter, how))
 
 
 def _dtype(wanted: str, of_config: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dtype:
@@ -77,8 +81,12 @@ def _dtype(wanted: str, of_config: torch.dtype | str | None, checkpoint: Checkpo
     return next(stored.dtype for stored in checkpoint.tensors.values() if stored.dtype.is_floating_point)
 
 
-def _identity(layout: Layout, checkpoint: Checkpoint, adapter: Path, recipe: Recipe, choices: Choices) -> str:
-    """What a half-written merge must have been begun with to be gone on with."""
+def _identity(layout: Layout, checkpoint: Checkpoint, adapter: Path, opened: list[Any] | None) -> str:
+    """What a half-written merge must have been begun with to be gone on with.
+
+    Args:
+        opened: how the base was quantized before it was opened; None where the original is merged into.
+    """
     heads = [
         header_bytes([(unit.outputs[n].name, unit.outputs[n].dtype, unit.outputs[n].shape) for unit, n in shard]).hex()
         for shard in layout.shards.values()
@@ -86,18 +94,23 @@ def _identity(layout: Layout, checkpoint: Checkpoint, adapter: Path, recipe: Rec
     files = {stored.file for stored in checkpoint.tensors.values()}
     stamps = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     adapters = [file_sha256(adapter / name) for name in ("adapter_model.safetensors", "adapter_config.json")]
-    quantized = choices.quantization if recipe.get("merge.base", "original") != "original" else None
-    return hashlib.sha256(json.dumps([heads, stamps, adapters, quantized, torch.__version__]).encode()).hexdigest()
+    versions = [torch.__version__, peft.__version__, transformers.__version__]
+    return hashlib.sha256(json.dumps([heads, stamps, adapters, opened, versions]).encode()).hexdigest()
 
 
-def write_weights(planned: Planned, folder: Path) -> Streamed:
+def write_weights(planned: Planned, folder: Path, *, keep_progress: bool = False) -> Streamed:
     """Merge into `folder`; what an earlier try finished there is kept.
+
+    Args:
+        keep_progress: whether the record of what is whole stays until `forget_progress`, so that nothing is written again
+            if what follows in the folder fails.
 
     Raises:
         MachineError: the disk is too small.
         RefusedError: NaN or infinity.
     """
-    room = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    there = [*folder.glob("*.safetensors"), *folder.glob(".*.part")]
+    room = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in there)
     if room < planned.layout.bytes + SPARE:
         raise MachineError(
             f"{folder.absolute()}: the merged model takes {planned.layout.bytes / 2**30:.1f} GiB, {room / 2**30:.1f} GiB "
@@ -108,9 +121,12 @@ def write_weights(planned: Planned, folder: Path) -> Streamed:
     torch.set_num_threads(max(1, threads - 1))
     try:
         with torch.no_grad(), Files() as files:
-            return Merger(planned.layout, files, planned.requantizer).write(folder, planned.identity)
+            written = Merger(planned.layout, files, planned.requantizer).write(folder, planned.identity)
     finally:
         torch.set_num_threads(threads)
+    if not keep_progress:
+        forget_progress(folder)
+    return written
 
 
 def require_sums(folder: Path, sha256: dict[str, str]) -> None:

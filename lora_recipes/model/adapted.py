@@ -13,6 +13,15 @@ from transformers import PreTrainedModel
 
 from lora_recipes.errors import RefusedError
 
+# Ways of PEFT to begin that write into the base's weights.
+CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+UNMERGEABLE = {  # keys of peft.LoraConfig
+    "alora_invocation_tokens": "an aLoRA adapter works only after its invocation tokens, which no plain model can do",
+    "layer_replication": "several layers have one weight, so there is no plain model to merge into",
+    "arrow_config": "it chooses among several adapters for each token, which no plain model can do",
+    "monteclora_config": "it has learnt how much its weights vary, which no plain model can hold",
+}
+
 
 def attach_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """Load `folder` onto `base`, in evaluation mode.
@@ -44,11 +53,8 @@ def adapter_on_meta(base: PreTrainedModel, folder: Path) -> PeftModel:
     saved = load_file(folder / "adapter_model.safetensors")  # mapped: read where it is used
     config = LoraConfig.from_pretrained(str(folder))
     _refuse_unmergeable(folder, config)
-    config.init_lora_weights, config.eva_config, config.inference_mode = (
-        True,
-        None,
-        True,
-    )  # nothing is computed from the base
+    config.inference_mode = True
+    config.init_lora_weights, config.eva_config = True, None  # nothing is computed from the base
     resize_embeddings(base, saved)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -96,14 +102,13 @@ def _assign(model: PeftModel, given: dict[str, torch.Tensor]) -> None:
 
 def _refuse_unmergeable(folder: Path, config: LoraConfig) -> None:
     """Raises RefusedError for what no merge can express in a plain model."""
-    if config.alora_invocation_tokens:
+    for name, why in UNMERGEABLE.items():
+        if getattr(config, name):
+            raise RefusedError(f"{folder}: cannot be merged, `{name}`: {why}. Serve it as an adapter")
+    if str(config.init_lora_weights).lower().startswith(CHANGE_BASE):
         raise RefusedError(
-            f"{folder}: an aLoRA adapter works only after its invocation tokens, which no plain model can do; it cannot be "
-            "merged. Serve it as an adapter"
-        )
-    if config.layer_replication:
-        raise RefusedError(
-            f"{folder}: `layer_replication` gives several layers one weight, so there is no plain model to merge into"
+            f"{folder}: `init_lora_weights: {config.init_lora_weights}` has moved a part of the base into the adapter, so it "
+            "does not belong to the base on disk. Convert it first: save_pretrained(…, path_initial_model_for_weight_conversion)"
         )
 
 
