@@ -246,7 +246,7 @@ def report(place: Path, args: argparse.Namespace) -> None:
                 ours, of_ours = sums(target), tensors(target) if pair == 0 and not args.no_memory else of_ours
             shutil.rmtree(target)
     ratios = [ours["seconds"] / theirs["seconds"] for ours, theirs in zip(found["stream"], found["copy"], strict=True)]
-    rows = [(way, runs) for way, runs in found.items()]
+    rows = list(found.items())
     if not args.no_memory:
         rows.append(("memory", [run("memory", base, adapter, target)]))
         same = tensors(target) == of_ours

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -211,6 +212,7 @@ def _observe(job: _Job, scratch: Path, observed: dict[str, tuple[Path, list[str]
         trained = attach_adapter(load_base(job.recipe, job.source, job.choices), job.adapter)
         observed["trained"] = _observed(trained, job, scratch / "trained")
         del trained
+        clear_device_cache(garbage_collection=True)
     for name in BASES if quantized else (job.base,):
         model = attach_adapter(_base(job, name), job.adapter)
         if name == job.base:
@@ -221,6 +223,7 @@ def _observe(job: _Job, scratch: Path, observed: dict[str, tuple[Path, list[str]
         if quantized:
             bases[name] = parity.difference(model, job.tokenizer, job.asked, *observed["trained"])
         del model
+        clear_device_cache(garbage_collection=True)  # the fresh process needs the GPU's memory
     return found | ({"bases": bases} if quantized else {})
 
 
