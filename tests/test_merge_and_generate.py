@@ -25,6 +25,13 @@ from tests.conftest import NF4
 IDS = torch.arange(3, 60)[None]
 
 
+@pytest.fixture(autouse=True)
+def _quick(request: pytest.FixtureRequest) -> None:
+    """A fresh process, which takes seconds, only where a test is about what users get."""
+    if "served" not in request.node.name:
+        request.getfixturevalue("quick_proof")
+
+
 def trained(path: Path) -> RunDir:
     assert launch(str(path), []) == 0
     return RunDir.of(path.stem)

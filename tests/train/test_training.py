@@ -57,7 +57,9 @@ def test_two_runs_with_one_seed_give_byte_identical_adapters(write_recipe: Calla
         subprocess.run([sys.executable, ROOT / "run.py", recipe], cwd=workdir, check=True, capture_output=True)
         files = sorted((workdir / "outputs" / name / "adapter").iterdir())
         digests.append({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files})
-    assert digests[0] == digests[1]
+    named = {"README.md", "provenance.json", "SHA256SUMS"}  # which say what the recipe is called
+    same = [{name: digest for name, digest in found.items() if name not in named} for found in digests]
+    assert same[0] == same[1]
     assert set(digests[0]) >= {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"}
 
 
@@ -184,7 +186,9 @@ def test_a_run_leaves_its_evidence_and_only_safe_files(
     assert all(len(digest) == 64 for digest in manifest["data"].values())
     assert load_recipe(run_dir.recipe).plain() == load_recipe(path).plain()
     names = {file.name for file in run_dir.adapter.iterdir()}
-    assert "training_args.bin" not in names and "README.md" not in names
+    assert "training_args.bin" not in names and {"README.md", "provenance.json", "SHA256SUMS"} <= names
+    card = (run_dir.adapter / "README.md").read_text()
+    assert "None" not in card and manifest["chat_template_sha256"] in card and f"{losses[0]:.4f} at the first" in card
     assert all(file.stat().st_mode & 0o777 == 0o644 for file in run_dir.adapter.iterdir())
     config = read_json(run_dir.adapter / "adapter_config.json")
     assert config["target_modules"] == sorted(config["target_modules"])
