@@ -7,12 +7,12 @@ from math import exp
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from lora_recipes import console
 from lora_recipes.data.load import LoadedData, load_data
 from lora_recipes.evaluate.advice import advice, write_mix
-from lora_recipes.evaluate.forgetting import MAX_KL, MAX_LOSS_INCREASE, general_rows
+from lora_recipes.evaluate.forgetting import MAX_KL, MAX_LOSS_INCREASE, General, general_rows
 from lora_recipes.evaluate.tasks import run_tasks
 from lora_recipes.model.adapted import attach_adapter
 from lora_recipes.model.build import end_token_ids, load_base, load_merged, load_tokenizer
@@ -98,12 +98,13 @@ def evaluate(
     data = load_data(recipe, tokenizer, set(ends))
     require_same_template(run_dir, tokenizer.chat_template)
     require_same_heldout(recipe, run_dir, data.keys(), data.seed)
+    general = general_rows(recipe, tokenizer, ends, data)  # before weights: it may have nothing to read
     base = load_base(recipe, source, choices).eval()
     if recipe.get("lora"):
         pair = Pair(attach_adapter(base, run_dir.adapter), None)
     else:
         pair = Pair(load_merged(run_dir.merged, recipe, choices), base)
-    report = _task(pair, data) | {"forgetting": _forgetting(pair, recipe, tokenizer, ends, data)}
+    report = _task(pair, data) | {"forgetting": _forgetting(pair, recipe, general)}
     adapter = run_dir.adapter / "adapter_model.safetensors"
     report["adapter_sha256"] = file_sha256(adapter) if recipe.get("lora") else None
     report["passed"] = bool(report["improved"]) and report["forgetting"]["passed"]
@@ -139,19 +140,14 @@ def _task(pair: Pair, data: LoadedData) -> dict[str, Any]:
     }
 
 
-def _forgetting(
-    pair: Pair, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ends: list[int], data: LoadedData
-) -> dict[str, Any]:
+def _forgetting(pair: Pair, recipe: Recipe, general: list[General]) -> dict[str, Any]:
     total, files = Difference(), {}
-    for general in general_rows(recipe, tokenizer, ends, data):
-        console.say(f"Reading {len(general.rows)} general rows of {general.file}, before and after …")
-        found = pair.difference(general.rows)
+    for part in general:
+        console.say(f"Reading {len(part.rows)} general rows of {part.file}, before and after …")
+        found = pair.difference(part.rows)
         total.join(found)
-        files[general.file] = {
-            "rows": len(general.rows),
-            "trained_on": general.trained_on,
-            "unusable": general.unusable,
-        } | _before_and_after(found)
+        counts = {"rows": len(part.rows), "trained_on": part.trained_on, "unusable": part.unusable}
+        files[part.file] = counts | _before_and_after(found)
     bounds = {
         "max_loss_increase": recipe.get("checks.forgetting.max_loss_increase", MAX_LOSS_INCREASE),
         "max_kl": recipe.get("checks.forgetting.max_kl", MAX_KL),
