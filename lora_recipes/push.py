@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from lora_recipes import console
 from lora_recipes.errors import MachineError, RecipeError, RefusedError, RunError
-from lora_recipes.model.folder import PICKLES, require_intact
+from lora_recipes.model.folder import PICKLES, VOCABULARIES, require_intact
 from lora_recipes.plan import facts_of
 from lora_recipes.recipe import Recipe
 from lora_recipes.recipe.problem import SECRET_VALUE
@@ -23,7 +23,6 @@ from lora_recipes.trained import require_same_adapter
 
 MESSAGE = "Upload by lora-recipes"
 WEIGHTS = {".safetensors", ".gguf"}
-VOCABULARIES = {"tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"}  # hold every short text there is
 # A path of somebody's machine inside a text: below a folder that machines have, and not a part of a URL.
 MACHINE_PATH = re.compile(
     r"(?<![\w.:/~-])/(?:home|root|Users|tmp|mnt|media|opt|srv|var|work|scratch|workspace|data|content)/[\w.-]+"

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora_recipes.cli import main
-from lora_recipes.errors import MachineError
+from lora_recipes.errors import MachineError, RefusedError
 from lora_recipes.merge import parity
-from lora_recipes.model.folder import write_sums
+from lora_recipes.model.folder import require_publishable, write_sums
 from lora_recipes.run_dir import RunDir, read_json
 from lora_recipes.train import launch
 from tests.conftest import ROOT
@@ -282,3 +282,26 @@ def test_every_published_file_is_listed_and_readable(run: RunDir):
         assert listed == files - {"SHA256SUMS"}
         assert all(file.stat().st_mode & 0o777 == 0o644 for file in folder.iterdir())
     assert not {file.suffix for file in run.merged.iterdir()} & {".bin", ".pt", ".pkl"}
+
+
+def test_a_vocabulary_may_hold_what_looks_like_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Qwen's has "/root" as a token: no reason to throw a training away."""
+    monkeypatch.setenv("HOME", "/root")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text('{"model": {"vocab": {"/root": 5}}}')
+    require_publishable(folder)
+    (folder / "config.json").write_text('{"path": "/root"}')
+    with pytest.raises(RefusedError, match="a path of this machine"):
+        require_publishable(folder)
+
+
+def test_the_merged_model_keeps_how_the_base_answers(run: RunDir):
+    config = Path("base/generation_config.json")
+    config.write_text(
+        json.dumps(read_json(config) | {"do_sample": True, "temperature": 0.6, "repetition_penalty": 1.1})
+    )
+    assert main(["merge", "r.yaml"]) == 0
+    kept = read_json(run.merged / "generation_config.json")
+    assert (kept["do_sample"], kept["temperature"], kept["repetition_penalty"]) == (True, 0.6, 1.1)
+    assert kept["use_cache"] is True and 2 in kept["eos_token_id"]

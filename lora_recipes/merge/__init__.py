@@ -22,7 +22,15 @@ from lora_recipes.merge.weights import Planned, plan_weights, write_weights
 from lora_recipes.model.adapted import attach_adapter, check_adapter, require_change
 from lora_recipes.model.adapters import combine, parse_weighted
 from lora_recipes.model.answer import generation_config
-from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer, make_servable, meta_model, model_config
+from lora_recipes.model.build import (
+    base_generation_config,
+    end_token_ids,
+    load_base,
+    load_tokenizer,
+    make_servable,
+    meta_model,
+    model_config,
+)
 from lora_recipes.model.folder import require_publishable, write_sums
 from lora_recipes.model.identity import base_of, write_provenance
 from lora_recipes.model.machine import Choices, choose, memory_available
@@ -244,6 +252,7 @@ def _base(job: _Job, name: str) -> PreTrainedModel:
 def _write_rest(job: _Job, staging: Path) -> None:
     """Configs, tokenizer and template; and the code of a model that brings its own."""
     model = job.planned.model
+    model.generation_config = base_generation_config(job.recipe, job.source)  # one without weights has only a default
     make_servable(model, job.ends, job.tokenizer)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(staging)

@@ -81,12 +81,17 @@ def load_tokenizer(recipe: Recipe, source: Source) -> PreTrainedTokenizerBase:
 
 def end_token_ids(recipe: Recipe, source: Source, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer: the tokenizer's first, then those of the model's generation config."""
-    try:
-        declared = GenerationConfig.from_pretrained(source.location, **_hub_keywords(recipe)).eos_token_id
-    except OSError:  # a model without generation_config.json
-        declared = None
+    declared = base_generation_config(recipe, source).eos_token_id
     ids = [tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])]
     return list(dict.fromkeys(token for token in ids if token is not None))
+
+
+def base_generation_config(recipe: Recipe, source: Source) -> GenerationConfig:
+    """How the base answers unless it is told otherwise; an empty one for a model without generation_config.json."""
+    try:
+        return GenerationConfig.from_pretrained(source.location, **_hub_keywords(recipe))
+    except OSError:
+        return GenerationConfig()
 
 
 def model_config(recipe: Recipe, source: Source) -> PreTrainedConfig:
