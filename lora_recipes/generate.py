@@ -7,7 +7,7 @@ from lora_recipes.data.load import LoadedData, load_data
 from lora_recipes.data.questions import Question, dialogue_form, questions
 from lora_recipes.errors import RunError
 from lora_recipes.judge import Signs, broken, fault
-from lora_recipes.model.adapted import attach_adapter
+from lora_recipes.model.adapted import attach_adapter, check_adapter
 from lora_recipes.model.answer import Answer, answer, generation_config, stop_strings
 from lora_recipes.model.build import end_token_ids, load_base, load_merged, load_tokenizer
 from lora_recipes.model.machine import choose
@@ -45,6 +45,8 @@ def generate(recipe: Recipe, *, force: bool = False, served: bool = False) -> di
     require_same_adapter(recipe, run_dir, source, force=force)
     tokenizer = load_tokenizer(recipe, source)
     ends = end_token_ids(recipe, source, tokenizer)
+    if recipe.get("lora"):
+        check_adapter(run_dir.adapter)
     data = load_data(recipe, tokenizer, set(ends))
     require_same_template(run_dir, tokenizer.chat_template)
     require_same_heldout(recipe, run_dir, data.keys(), data.seed)
@@ -60,14 +62,11 @@ def generate(recipe: Recipe, *, force: bool = False, served: bool = False) -> di
         return list(answer(model, tokenizer, [question.input_ids for question in asked], *settings))
 
     given: Answers = {}
-    model = load_base(recipe, source, choices)
+    model = load_base(recipe, source, choices).eval()
+    # Before the adapter is on it: switching one off leaves trained biases and embeddings in the base.
+    given["base"] = answers(model, "base")
     if recipe.get("lora"):
-        model = attach_adapter(model, run_dir.adapter)
-        with model.disable_adapter():
-            given["base"] = answers(model, "base")
-        given["adapter"] = answers(model, "adapter")
-    else:  # full fine-tuning: the trained model is `merged/`
-        given["base"] = answers(model.eval(), "base")
+        given["adapter"] = answers(attach_adapter(model, run_dir.adapter), "adapter")
     del model
     if run_dir.merged.is_dir():
         given["merged"] = answers(load_merged(run_dir.merged, recipe, choices), "merged")

@@ -270,3 +270,37 @@ def test_a_row_is_looked_at_where_the_next_token_is_trained():
     assert row == Row([5, 6, 7, 8], [1, 2], [7, 8])
     assert trained_row([5, 6], [5, -100]) is None  # nothing comes before the first token
     assert trained_row([5, 6, 7, 8], [-100, -100, 7, 8], last=1) == Row([5, 6, 7, 8], [2], [8])
+
+
+def test_trained_biases_are_no_part_of_the_base(
+    write_recipe: Callable[..., Path], general: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """PEFT leaves them in when an adapter is switched off; the base's loss must be that of the base."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    recipe = load_recipe(write_recipe())
+    tiny = recipe.get("model.pretrained_model_name_or_path")
+    values = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 2, "max_position_embeddings": 512}
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(**values)).save_pretrained(tmp_path / "biased")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "biased")
+    checks = {"min_stopped": 0, "forgetting": LENIENT | {"data_files": general}}
+    path = write_recipe(
+        model={"pretrained_model_name_or_path": str(tmp_path / "biased")}, lora={"bias": "all"}, checks=checks
+    )
+    assert launch(str(path), []) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "biased")
+    assert report["eval_loss"]["base"] == pytest.approx(plain_loss(base, rows_of(path)), abs=1e-5)
+    model = adapted(path)
+    with model.disable_adapter():  # the control: this is what must not be taken for the base
+        assert abs(plain_loss(model, rows_of(path)) - report["eval_loss"]["base"]) > 1e-3
+
+
+def test_what_was_measured_is_kept_when_the_mixed_recipe_cannot_be_written(evaluated: Callable):
+    code, report = evaluated("--mix", "tiny")  # exists
+    assert code == 2 and "exists and is left as it is" in report["error"]["message"]
+    assert read_json(RunDir.of("tiny").evaluation)["improved"] is True

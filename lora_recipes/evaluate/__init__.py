@@ -1,11 +1,12 @@
 """Loss before and after, on rows the run held out and on text it never saw; and from all evidence, the verdict."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import exp
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -23,6 +24,8 @@ from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir, file_sha256, write_json
 from lora_recipes.trained import require_same_adapter, require_same_heldout, require_same_template
 from lora_recipes.verdict import verdict
+
+SAME_LOGITS = 1e-4  # of one model read twice
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def evaluate(
     general = general_rows(recipe, tokenizer, ends, data)  # before weights: it may have nothing to read
     base = load_base(recipe, source, choices).eval()
     if recipe.get("lora"):
-        pair = Pair(attach_adapter(base, run_dir.adapter), None)
+        pair = _adapted(base, run_dir, next(part.rows for part in general if part.rows), lambda: load_base(recipe, source, choices))
     else:
         pair = Pair(load_merged(run_dir.merged, recipe, choices), base)
     report = _task(pair, data) | {"forgetting": _forgetting(pair, recipe, general)}
@@ -109,15 +112,29 @@ def evaluate(
     report["adapter_sha256"] = file_sha256(adapter) if recipe.get("lora") else None
     report["passed"] = bool(report["improved"]) and report["forgetting"]["passed"]
     report["advice"] = [] if report["forgetting"]["passed"] else advice(recipe)
+    write_json(run_dir.evaluation, report)  # what was measured is kept, whatever follows
     if tasks:
         report["tasks"] = run_tasks(pair, tokenizer, tasks, include_path)
+        write_json(run_dir.evaluation, report)
     if mix is not None:
         report["mixed"] = str(write_mix(recipe, mix, data))
-    write_json(run_dir.evaluation, report)
     told = verdict(recipe, run_dir)
     report |= {"gates": told["gates"], "verdict": told["verdict"]}
     _show(report, recipe)
     return report
+
+
+def _adapted(base: PreTrainedModel, run_dir: RunDir, rows: list[Row], again: Callable[[], PreTrainedModel]) -> Pair:
+    """The adapter on its base. Where switching it off does not give the base back, that is loaded once more.
+
+    Trained biases and embeddings of its own stay in the base when an adapter is switched off; whether there are any is
+    tried on a row.
+    """
+    before = logits_at(base, rows[0])
+    pair = Pair(attach_adapter(base, run_dir.adapter), None)
+    with pair.before() as off:
+        same = torch.allclose(before, logits_at(off, rows[0]), rtol=0, atol=SAME_LOGITS)
+    return pair if same else Pair(pair.trained, again().eval())
 
 
 def _task(pair: Pair, data: LoadedData) -> dict[str, Any]:

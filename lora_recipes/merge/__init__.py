@@ -31,6 +31,7 @@ from lora_recipes.model.build import (
     meta_model,
     model_config,
 )
+from lora_recipes.model.compare import record, recorded_differences
 from lora_recipes.model.folder import require_publishable, write_sums
 from lora_recipes.model.identity import base_of, write_provenance
 from lora_recipes.model.machine import Choices, choose, memory_available
@@ -222,15 +223,17 @@ def _observe(job: _Job, scratch: Path, observed: dict[str, tuple[Path, list[str]
         del trained
         clear_device_cache(garbage_collection=True)
     for name in BASES if quantized else (job.base,):
-        model = attach_adapter(_base(job, name), job.adapter)
+        base = _base(job, name).eval()
+        if name == job.base:  # before the adapter is on it: switching one off leaves trained biases in the base
+            record(base, job.asked.rows, scratch / "base")
+        model = attach_adapter(base, job.adapter)
         if name == job.base:
             observed["adapter"] = _observed(model, job, scratch / "adapter")
-            with model.disable_adapter():
-                learnt = parity.differences(model, job.asked.rows, scratch / "adapter")
+            learnt = recorded_differences(job.asked.rows, scratch / "adapter", scratch / "base")
             found["learnt"] = learnt["mean_kl"]
         if quantized:
             bases[name] = parity.difference(model, job.tokenizer, job.asked, *observed["trained"])
-        del model
+        del base, model
         clear_device_cache(garbage_collection=True)  # the fresh process needs the GPU's memory
     return found | ({"bases": bases} if quantized else {})
 

@@ -134,6 +134,14 @@ def _larger(one: float, other: float) -> float:
     return math.nan if math.isnan(one) or math.isnan(other) else max(one, other)
 
 
+def recorded_differences(rows: Sequence[Row], reference: Path, folder: Path) -> dict[str, Any]:
+    """How the model recorded in `folder` differs from the one recorded in `reference`."""
+    found = Difference()
+    for row, before, after in zip(rows, recorded(reference, len(rows)), recorded(folder, len(rows)), strict=True):
+        found.add(before, after, row.targets)
+    return found.as_json()
+
+
 def differences(model: PreTrainedModel | PeftModel, rows: Sequence[Row], folder: Path) -> dict[str, Any]:
     """How `model` differs from the one whose logits `record` wrote into `folder`."""
     found = Difference()
