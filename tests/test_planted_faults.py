@@ -95,6 +95,13 @@ def test_an_adapter_of_another_base_of_equal_shape(run: RunDir, verb: str, told:
     assert not run.merged.exists()
 
 
+def test_the_same_weights_in_another_form_beside_them_change_no_base(run: RunDir):
+    """Repositories hold `consolidated.safetensors` or a .bin beside what is loaded."""
+    shutil.copy("base/model.safetensors", "base/consolidated.safetensors")
+    Path("base/pytorch_model.bin").write_bytes(b"never loaded")
+    assert main(["merge", "r.yaml"]) == 0
+
+
 def test_force_merges_into_another_base_and_says_so(run: RunDir, told: Told):
     test_an_adapter_of_another_base_of_equal_shape(run, "merge", told)
     assert main(["merge", "r.yaml", "--force"]) == 0

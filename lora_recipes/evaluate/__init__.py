@@ -104,7 +104,9 @@ def evaluate(
     general = general_rows(recipe, tokenizer, ends, data)  # before weights: it may have nothing to read
     base = load_base(recipe, source, choices).eval()
     if recipe.get("lora"):
-        pair = _adapted(base, run_dir, next(part.rows for part in general if part.rows), lambda: load_base(recipe, source, choices))
+        pair = _adapted(
+            base, run_dir, next(part.rows for part in general if part.rows), lambda: load_base(recipe, source, choices)
+        )
     else:
         pair = Pair(load_merged(run_dir.merged, recipe, choices), base)
     report = _task(pair, data) | {"forgetting": _forgetting(pair, recipe, general)}

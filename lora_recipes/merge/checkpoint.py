@@ -14,10 +14,9 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 
 from lora_recipes.errors import RefusedError, RunError
-from lora_recipes.model.build import refusals_of
+from lora_recipes.model.files import model_folder, titles, weight_map
 from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
 
@@ -81,40 +80,15 @@ def checkpoint_of(recipe: Recipe, source: Source) -> Checkpoint:
 
     Raises:
         RunError: its weights are no safetensors.
+        MachineError: they are not in the cache, and the hub cannot be asked.
         RefusedError: a header is broken, a file is shorter than its header says, or the index names a missing file.
     """
-    if source.kind == "hub":
-        return _of_hub(recipe, source)
-    return read_checkpoint(Path(source.location) / recipe.get("model.subfolder", ""), recipe.get("model.variant"))
-
-
-def _of_hub(recipe: Recipe, source: Source) -> Checkpoint:
-    """Only what is loaded is downloaded: beside it a repository often holds the same weights in another form."""
-    keywords = {"revision": recipe.get("model.revision"), "cache_dir": recipe.get("model.cache_dir")}
-    local, variant = bool(recipe.get("model.local_files_only")), recipe.get("model.variant")
-    inner = Path(recipe.get("model.subfolder", ""))
-
-    def fetched(patterns: list[str]) -> Path:
-        with refusals_of(recipe, "model"):
-            found = snapshot_download(source.location, allow_patterns=patterns, local_files_only=local, **keywords)
-        return Path(found) / inner
-
-    single, index = _titles(variant)
-    folder = fetched([str(inner / single), str(inner / index), "*.py"])
-    if not (folder / single).is_file() and (folder / index).is_file():
-        fetched([str(inner / name) for name in set(_weight_map(folder / index).values())])
-    return read_checkpoint(folder, variant)
-
-
-def _titles(variant: str | None) -> tuple[str, str]:
-    """Names of the only weight file, and of the index of several."""
-    middle = f".{variant}" if variant else ""
-    return f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"
+    return read_checkpoint(model_folder(recipe, source), recipe.get("model.variant"))
 
 
 def read_checkpoint(folder: Path, variant: str | None = None) -> Checkpoint:
     """The weight files in `folder`, as transformers would choose them: one file, else those of the index."""
-    single, index = (folder / title for title in _titles(variant))
+    single, index = (folder / title for title in titles(variant))
     if single.is_file():
         return Checkpoint(folder, {single.name: read_header(single)})
     if not index.is_file():
@@ -122,28 +96,17 @@ def read_checkpoint(folder: Path, variant: str | None = None) -> Checkpoint:
             f"{folder}: no {single.name} and no {index.name}; merging reads safetensors only. Convert the weights first: "
             "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
         )
-    weight_map = _weight_map(index)
+    files = weight_map(index)
     shards = {}
-    for name in sorted(set(weight_map.values())):
+    for name in sorted(set(files.values())):
         if not (folder / name).is_file():
             raise RefusedError(f"{index}: names {name}, which is not there")
         # A tensor that the index gives to another file is not what from_pretrained would load.
-        shards[name] = [stored for stored in read_header(folder / name) if weight_map.get(stored.name) == name]
-    lost = weight_map.keys() - {stored.name for shard in shards.values() for stored in shard}
+        shards[name] = [stored for stored in read_header(folder / name) if files.get(stored.name) == name]
+    lost = files.keys() - {stored.name for shard in shards.values() for stored in shard}
     if lost:
         raise RefusedError(f"{index}: {min(lost)} is in none of its files")
     return Checkpoint(folder, shards)
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor → file, as an index says."""
-    try:
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RefusedError(f"{index}: no index of weights: {error!r}") from None
-    if not found or not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise RefusedError(f"{index}: no index of weights: `weight_map` names no files")
-    return found
 
 
 def read_header(file: Path) -> list[Stored]:

@@ -5,15 +5,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
 from lora_recipes.errors import RefusedError
+from lora_recipes.model.files import weight_files
 from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import cache_folder, file_sha256, read_json, write_json
 
 PROVENANCE = "provenance.json"  # in an adapter's folder; PEFT and the engines ignore it
-WEIGHTS = ("*.safetensors", "*.bin")
 BLOB = 64  # letters of a sha256; the hub's cache calls the blobs of large files by theirs
 
 
@@ -43,14 +41,12 @@ def portable_name(source: Source) -> str:
 
 
 def weights_sha256(recipe: Recipe, source: Source) -> str:
-    """Hash of all weight files of a model that was loaded here before."""
-    folder = Path(source.location)
-    if source.kind == "hub":
-        keywords = {"revision": recipe.get("model.revision"), "cache_dir": recipe.get("model.cache_dir")}
-        folder = Path(snapshot_download(source.location, allow_patterns=[*WEIGHTS], local_files_only=True, **keywords))
-    folder /= recipe.get("model.subfolder", "")
-    files = sorted(file for pattern in WEIGHTS for file in folder.glob(pattern))
-    lines = [f"{_remembered(file)}  {file.name}\n" for file in files]
+    """Hash of the names and contents of the weight files that are loaded.
+
+    Raises:
+        MachineError: a hub model that is not in the cache, and the hub cannot be asked.
+    """
+    lines = [f"{_remembered(file)}  {file.name}\n" for file in weight_files(recipe, source)]
     return sha256("".join(lines).encode()).hexdigest()
 
 
