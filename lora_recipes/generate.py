@@ -13,7 +13,7 @@ from lora_recipes.model.build import end_token_ids, load_base, load_merged, load
 from lora_recipes.model.machine import choose
 from lora_recipes.model.source import locate, materialise
 from lora_recipes.recipe import Recipe
-from lora_recipes.run_dir import RunDir, file_sha256, write_jsonl
+from lora_recipes.run_dir import RunDir, write_jsonl
 from lora_recipes.score import expectation_of, summary, told
 from lora_recipes.trained import require_same_adapter, require_same_heldout, require_same_template
 
@@ -73,7 +73,7 @@ def generate(recipe: Recipe, *, force: bool = False, served: bool = False) -> di
     if served:
         bounds = [limit or config.max_new_tokens for limit in limits]
         given["served"] = _served(run_dir, asked, bounds, given["merged"], tokenizer)
-    rows = _rows(asked, given, _signs(data, stop_strings(config)), _adapter_sha256(recipe, run_dir))
+    rows = _rows(asked, given, _signs(data, stop_strings(config)), run_dir.evidence())
     write_jsonl(run_dir.generations, rows)
     found = summary(rows, recipe.section("checks"))
     _show(rows, list(given), found)
@@ -86,11 +86,6 @@ def _require_trained(recipe: Recipe, run_dir: RunDir, *, served: bool) -> None:
         raise RunError(f"{run_dir.merged}: nothing to serve yet; merge it first: lora-recipes merge {recipe.path}")
     if served and not recipe.get("generation.max_new_tokens"):
         raise RunError(f"{recipe.path}: a served answer needs a limit; set generation.max_new_tokens")
-
-
-def _adapter_sha256(recipe: Recipe, run_dir: RunDir) -> str | None:
-    """Which adapter answered, so that a transcript of an older one can be told; None in full fine-tuning."""
-    return file_sha256(run_dir.adapter / "adapter_model.safetensors") if recipe.get("lora") else None
 
 
 def _signs(data: LoadedData, stops: list[str]) -> Signs:
@@ -127,11 +122,11 @@ def _ended(text: str, limit: int, merged: Answer | None, tokenizer: Any) -> Answ
     return Answer(text, "eos" if used < limit else "length")
 
 
-def _rows(asked: list[Question], given: Answers, signs: Signs, adapter: str | None) -> list[dict[str, Any]]:
+def _rows(asked: list[Question], given: Answers, signs: Signs, evidence: dict[str, str | None]) -> list[dict[str, Any]]:
     """The rows of generations.jsonl."""
     rows = []
     for index, question in enumerate(asked):
-        row: dict[str, Any] = {"prompt": question.text, "expected": question.expected, "adapter_sha256": adapter}
+        row: dict[str, Any] = {"prompt": question.text, "expected": question.expected, **evidence}
         if question.expectation is not None:
             row["expectation"] = expectation_of(question.expectation)
         for who, answers in given.items():

@@ -17,6 +17,7 @@ from weakref import WeakSet
 
 from lora_recipes.errors import MachineError, RefusedError, RunError
 
+SUMS = "SHA256SUMS"  # in a published folder; the format of coreutils: `sha256sum -c SHA256SUMS` checks it
 OUTPUTS = Path("outputs")  # relative to the working folder, like every path a recipe names
 READABLE = 0o666  # mode of files, of which the umask takes its share
 
@@ -91,6 +92,14 @@ class RunDir:
     @property
     def lock(self) -> Path:
         return self.root / ".lock"
+
+    def evidence(self) -> dict[str, str | None]:
+        """What the models in this folder are, by sha256, so that evidence of older ones can be told; None where there is none."""
+        adapter, merged = self.adapter / "adapter_model.safetensors", self.merged / SUMS
+        return {
+            "adapter_sha256": file_sha256(adapter) if adapter.is_file() else None,
+            "merged_sha256": file_sha256(merged) if merged.is_file() else None,  # of the list of its files' sums
+        }
 
     def require_writable(self) -> None:
         """Create the folder and write a byte there, before anything is spent on a run.

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lora_recipes.recipe import Recipe
-from lora_recipes.run_dir import RunDir, file_sha256, read_json, read_jsonl
+from lora_recipes.run_dir import RunDir, read_json, read_jsonl
 from lora_recipes.score import summary
 
 SHIP, DO_NOT_SHIP = "ship", "do not ship"
@@ -12,19 +12,19 @@ SHIP, DO_NOT_SHIP = "ship", "do not ship"
 def verdict(recipe: Recipe, run_dir: RunDir) -> dict[str, Any]:
     """Every gate of a run, and what follows from them.
 
-    A gate is true (held), false (failed) or null (not measured, or measured with an adapter that is no longer there). A
-    model is shipped when all are held: what was not measured counts like what has failed.
+    A gate is true (held), false (failed) or null (not measured, or measured with an adapter or a merged model that is no
+    longer there). A model is shipped when all are held: what was not measured counts like what has failed.
 
     Returns:
         {"gates": {name: true, false or null}, "verdict": "ship" or "do not ship", "scores": {model: …}}
     """
-    adapter = run_dir.adapter / "adapter_model.safetensors"
-    current = file_sha256(adapter) if recipe.get("lora") and adapter.is_file() else None
+    now = run_dir.evidence()
+    trained = "adapter_sha256" if recipe.get("lora") else "merged_sha256"  # what training left
     recorded = read_json(run_dir.status)
-    evaluation = _of(current, read_json(run_dir.evaluation))
-    parity = _of(current, read_json(run_dir.parity)) if run_dir.merged.is_dir() else {}
+    evaluation = _of(now, [trained], read_json(run_dir.evaluation))
+    parity = _of(now, [trained, "merged_sha256"], read_json(run_dir.parity))
     rows = read_jsonl(run_dir.generations)
-    rows = rows if all(row.get("adapter_sha256") == current for row in rows) else []
+    rows = rows if all(_of(now, [trained, "merged_sha256"], row) for row in rows) else []
     answers = summary(rows, recipe.section("checks"))
     gates = {
         "trained": recorded.get("state") == "complete" if recorded else None,
@@ -38,9 +38,9 @@ def verdict(recipe: Recipe, run_dir: RunDir) -> dict[str, Any]:
     return {"gates": gates, "verdict": SHIP if ship else DO_NOT_SHIP, "scores": answers["scores"]}
 
 
-def _of(adapter: str | None, evidence: dict[str, Any]) -> dict[str, Any]:
-    """Evidence of this adapter; {} where it was another's."""
-    return evidence if evidence.get("adapter_sha256") == adapter else {}
+def _of(now: dict[str, str | None], keys: list[str], evidence: dict[str, Any]) -> dict[str, Any]:
+    """Evidence of the models that are there now; {} where it was of others."""
+    return evidence if all(evidence.get(key) == now[key] for key in keys) else {}
 
 
 def _merged_answers(recipe: Recipe, parity: dict[str, Any], answers: dict[str, Any]) -> bool | None:

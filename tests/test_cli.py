@@ -228,7 +228,10 @@ def test_status_for_people_goes_to_stderr(recipe: str, capsys: pytest.CaptureFix
     assert f"accelerate launch run.py {recipe}" in err
 
 
-ADAPTER = {"adapter_sha256": hashlib.sha256(b"weights").hexdigest()}  # which all evidence must be of
+ADAPTER = {  # which all evidence must be of
+    "adapter_sha256": hashlib.sha256(b"weights").hexdigest(),
+    "merged_sha256": hashlib.sha256(b"sums").hexdigest(),
+}
 
 
 def finished_run(
@@ -239,6 +242,7 @@ def finished_run(
     for folder in (run_dir.adapter, run_dir.merged):
         folder.mkdir(parents=True)
     (run_dir.adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    (run_dir.merged / "SHA256SUMS").write_bytes(b"sums")
     write_json(run_dir.status, {"state": "complete", "step": 3, "max_steps": 3, "exit_code": 0})
     write_json(run_dir.parity, {"passed": True, "proof": proof} | ADAPTER | changed.get("parity", {}))
     evaluation = {"improved": True, "forgetting": {"passed": True}} | ADAPTER | changed.get("evaluation", {})
@@ -282,7 +286,7 @@ def test_one_failed_gate_fails_the_verdict(
     assert found["verdict"] == "do not ship"
 
 
-OTHER = {"adapter_sha256": "0" * 64}
+OTHER, MERGED = {"adapter_sha256": "0" * 64}, {"merged_sha256": "0" * 64}
 
 
 @pytest.mark.parametrize(
@@ -291,10 +295,20 @@ OTHER = {"adapter_sha256": "0" * 64}
         ({"evaluation": OTHER}, ["improved", "not_forgotten"]),
         ({"parity": OTHER}, ["merge_parity"]),
         ({"row": OTHER}, ["answers", "merged_answers"]),
+        ({"parity": MERGED}, ["merge_parity"]),
+        ({"row": MERGED}, ["answers", "merged_answers"]),
         ({"proof": "weights"}, ["merge_parity"]),
         ({"evaluation": {"improved": None}}, ["improved"]),
     ],
-    ids=["evaluation of another adapter", "merge of another", "answers of another", "weights only", "nothing held out"],
+    ids=[
+        "evaluation of another adapter",
+        "merge of another adapter",
+        "answers of another adapter",
+        "proof of another merge",
+        "answers of another merge",
+        "weights only",
+        "nothing held out",
+    ],
 )
 def test_what_was_not_measured_of_this_adapter_is_not_shipped(
     change: dict[str, Any], gates: list[str], recipe: str, capsys: pytest.CaptureFixture[str]

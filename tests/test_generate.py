@@ -349,7 +349,10 @@ def test_generate_asks_all_three_models_the_same_questions(
     result = json.loads(capsys.readouterr().out)
     rows = read_jsonl(run_dir.generations)
     assert len(rows) == 7 and rows[0]["expected"] is None and rows[1]["expected"].startswith('{"customer"')
-    assert all(set(row) == {"prompt", "expected", "adapter_sha256", "base", "adapter", "merged"} for row in rows)
+    assert all(
+        set(row) == {"prompt", "expected", "adapter_sha256", "merged_sha256", "base", "adapter", "merged"}
+        for row in rows
+    )
     assert {row["base"]["stopped"] for row in rows} <= {"eos", "length"}
     assert result["merged_equals_adapter"] == 1.0
     assert result["scores"]["base"]["asked"] == 7 and result["scores"]["base"]["expected"] == 6

@@ -21,7 +21,7 @@ from lora_recipes.model.compare import Difference, Row, logits_at, trained_row
 from lora_recipes.model.machine import choose
 from lora_recipes.model.source import locate, materialise
 from lora_recipes.recipe import Recipe
-from lora_recipes.run_dir import RunDir, file_sha256, write_json
+from lora_recipes.run_dir import RunDir, write_json
 from lora_recipes.trained import require_same_adapter, require_same_heldout, require_same_template
 from lora_recipes.verdict import verdict
 
@@ -110,8 +110,7 @@ def evaluate(
     else:
         pair = Pair(load_merged(run_dir.merged, recipe, choices), base)
     report = _task(pair, data) | {"forgetting": _forgetting(pair, recipe, general)}
-    adapter = run_dir.adapter / "adapter_model.safetensors"
-    report["adapter_sha256"] = file_sha256(adapter) if recipe.get("lora") else None
+    report |= run_dir.evidence()
     report["passed"] = bool(report["improved"]) and report["forgetting"]["passed"]
     report["advice"] = [] if report["forgetting"]["passed"] else advice(recipe)
     write_json(run_dir.evaluation, report)  # what was measured is kept, whatever follows

@@ -37,7 +37,7 @@ from lora_recipes.model.identity import base_of, write_provenance
 from lora_recipes.model.machine import Choices, choose, memory_available
 from lora_recipes.model.source import Source, locate, materialise
 from lora_recipes.recipe import Recipe
-from lora_recipes.run_dir import Locked, RunDir, file_sha256, published, write_json
+from lora_recipes.run_dir import SUMS, Locked, RunDir, file_sha256, published, write_json
 from lora_recipes.trained import require_own_adapter, require_same_adapter, require_same_template
 
 BASES = ("original", "dequantized")
@@ -209,6 +209,8 @@ def _merged(job: _Job, scratch: Path, started: float) -> dict[str, Any]:
             )
         forget_progress(staging)
         write_sums(staging, streamed.sha256)
+        report["merged_sha256"] = file_sha256(staging / SUMS)
+        write_json(job.run_dir.parity, report)
     return report
 
 

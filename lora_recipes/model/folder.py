@@ -5,9 +5,8 @@ from pathlib import Path
 
 from lora_recipes.errors import RefusedError
 from lora_recipes.recipe.problem import SECRET_VALUE
-from lora_recipes.run_dir import file_sha256, write_text
+from lora_recipes.run_dir import SUMS, file_sha256, write_text
 
-SUMS = "SHA256SUMS"  # the format of coreutils: `sha256sum -c SHA256SUMS` checks it
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 TEXTS = (".json", ".jinja", ".md", ".txt", ".py", ".model_card", ".yaml")
 # Hold every short text there is: Qwen's has "/root" and "/workspace" as tokens.

@@ -20,7 +20,7 @@ from lora_recipes.model.identity import Base, base_of, write_provenance
 from lora_recipes.model.initialise import INITIAL, changes_base
 from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
-from lora_recipes.run_dir import RunDir, published, read_json, staging_of, write_json, write_text
+from lora_recipes.run_dir import SUMS, RunDir, file_sha256, published, read_json, staging_of, write_json, write_text
 from lora_recipes.train.card import card
 from lora_recipes.train.record import write_status
 from lora_recipes.train.trainer import RecipeTrainer
@@ -112,6 +112,7 @@ def _model(
         }
         require_publishable(staging)
         write_sums(staging)
+        report |= {"adapter_sha256": None, "merged_sha256": file_sha256(staging / SUMS)}
         write_json(run_dir.parity, report)
 
 
