@@ -36,9 +36,9 @@ demo: install  ## train, merge and compare the demo recipe (RECIPE=...), end to 
 	$(BIN)/lora-recipes check "$(RECIPE)" $(ARGS)
 	$(BIN)/lora-recipes train "$(RECIPE)" $(ARGS) --resume $(if $(CONFIG),--config_file $(CONFIG))
 	test -d outputs/$(basename $(notdir $(RECIPE)))/merged || $(BIN)/lora-recipes merge "$(RECIPE)" $(ARGS)
-	$(BIN)/lora-recipes generate "$(RECIPE)" $(ARGS)
-	$(BIN)/lora-recipes evaluate "$(RECIPE)" $(ARGS)
-	$(BIN)/lora-recipes status "$(RECIPE)" $(ARGS)
+	@failed=0; for verb in generate evaluate status; do \
+		echo "$(BIN)/lora-recipes $$verb $(RECIPE) $(ARGS)"; $(BIN)/lora-recipes $$verb "$(RECIPE)" $(ARGS) || failed=$$?; \
+	done; exit $$failed
 
 test: install-dev  ## the default test suite, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" -n auto $(ARGS)

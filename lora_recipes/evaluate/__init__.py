@@ -144,7 +144,10 @@ def _task(pair: Pair, data: LoadedData) -> dict[str, Any]:
     scored = (trained_row(row["input_ids"], row["labels"]) for row in held or [])
     rows = [row for row in scored if row is not None]
     if not rows:
-        console.say("No rows are held out (dataset.eval_split): what was learnt is not measured.", "yellow")
+        console.say(
+            "No rows are held out, so what was learnt is not measured and cannot pass; set dataset.eval_split.",
+            "yellow",
+        )
         return {"eval_loss": {}, "perplexity": {}, "eval_rows": 0, "eval_tokens": 0, "improved": None}
     console.say(f"Reading {len(rows)} held-out rows, before and after …")
     found = pair.difference(rows)

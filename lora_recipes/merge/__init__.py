@@ -40,6 +40,7 @@ from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import SUMS, Locked, RunDir, file_sha256, published, write_json
 from lora_recipes.trained import require_own_adapter, require_same_adapter, require_same_template
 
+MUCH_ROUNDED = 0.1  # of the adapter's change; what the merge type then loses is worth a word
 BASES = ("original", "dequantized")
 
 
@@ -159,13 +160,16 @@ def _one_adapter(
 
 
 def _require_memory(job: _Job) -> None:
-    """The proof loads the model; merging does not."""
-    needed, free = job.planned.layout.bytes, memory_available()
-    if job.behaviour and job.choices.device == "cpu" and needed > free:
+    """The proof loads the model, in the type it is merged in; merging does not."""
+    cpu = job.choices.device == "cpu"
+    needed = job.planned.layout.bytes
+    free = memory_available() if cpu else sum(torch.cuda.mem_get_info(n)[0] for n in range(torch.cuda.device_count()))
+    if job.behaviour and needed > free:
         raise MachineError(
-            f"the proof of a merge loads the model: {needed / 2**30:.1f} GiB, of which {free / 2**30:.1f} GiB are free. Merge "
-            "on a machine with more memory, or set merge.proof=weights: then only the weights are proved, not that the "
-            "model behaves like the adapter"
+            f"the proof of a merge loads the model: {needed / 2**30:.1f} GiB, of which {free / 2**30:.1f} GiB are free "
+            f"{'here' if cpu else 'on the GPU'}. Merge {'' if cpu else 'on the CPU (training.use_cpu=true) or '}on a machine "
+            "with more memory, or set merge.proof=weights: then only the weights are proved, not that the model behaves like "
+            "the adapter"
         )
 
 
@@ -206,12 +210,20 @@ def _merged(job: _Job, scratch: Path, started: float) -> dict[str, Any]:
                 f"the merged model does not answer like the adapter, so it is not published: logits differ by up to "
                 f"{report['max_abs_logit_difference']:.3g}, mean KL {report['mean_kl']:.3g}, "
                 f"{100 * report['greedy_agreement']:.0f} % of greedy texts are the same; see {job.run_dir.parity}"
+                + _lost_to_rounding(report)
             )
         forget_progress(staging)
         write_sums(staging, streamed.sha256)
         report["merged_sha256"] = file_sha256(staging / SUMS)
         write_json(job.run_dir.parity, report)
     return report
+
+
+def _lost_to_rounding(report: dict[str, Any]) -> str:
+    lost = report["rounded_away"] or 0.0
+    if lost < MUCH_ROUNDED:
+        return ""
+    return f". {report['dtype']} rounds {100 * lost:.0f} % of the adapter's change away: set merge.dtype=float32"
 
 
 def _observe(job: _Job, scratch: Path, observed: dict[str, tuple[Path, list[str]]]) -> dict[str, Any]:
@@ -285,7 +297,8 @@ def _proved(
     found = parity.prove(proof)
     report = {"template_rows": found["template_rows"], "fresh_peak_rss_bytes": found["peak_rss_bytes"]}
     if not job.behaviour:
-        return report | {"proof": "weights", "passed": True}
+        unmeasured = dict.fromkeys(("max_abs_logit_difference", "mean_kl", "greedy_agreement"))
+        return report | unmeasured | {"proof": "weights", "passed": True}
     difference, allowed = found["behaviour"]["adapter"], TOLERANCES[job.dtype]
     assert learnt is not None
     report |= difference | {"mean_kl_of_the_adapter": learnt, "tolerance": vars(allowed), "proof": "behaviour"}

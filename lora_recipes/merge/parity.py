@@ -142,8 +142,8 @@ def prove(proof: Proof) -> dict[str, Any]:
             return fresh.submit(_reloaded, proof).result()
         except BrokenProcessPool:
             raise MachineError(
-                f"{proof.folder}: the process that reloaded the merged model was killed, most likely for memory; what was "
-                "merged is kept, run merge again on a machine with more, or set merge.proof=weights"
+                f"{proof.folder}: the process that reloaded the merged model died before it answered: killed for memory, or "
+                "of the error above. What was merged is kept: run merge again, with more memory, or set merge.proof=weights"
             ) from None
 
 
