@@ -50,31 +50,28 @@ def main() -> None:
 
 def _hot_swaps(base: Path, folders: dict[str, Path], expected: dict[str, torch.Tensor]) -> list[str]:
     adapters = AdapterSet(_base(base), folders)
-    for name in RANKS:  # the slot has grown to the largest rank before memory is read
-        adapters.swap(name)
-        _logits(adapters.model)
-    before, times, worst = _resident(), [], 0.0
-    for number in range(SWAPS):
-        name = list(RANKS)[number % len(RANKS)]
-        times.append(_milliseconds(lambda name=name: _require(adapters.swap(name), "hot swap")))  # type: ignore[misc]
-        worst = max(worst, _difference(adapters.model, expected[name]))
+    row = _swaps("hot swap", "hot swap", adapters, expected)
     assert len(adapters.slots) == 1
-    return _row("hot swap", times, before, worst)
+    return row
 
 
 def _set_adapter(base: Path, folders: dict[str, Path], expected: dict[str, torch.Tensor]) -> list[str]:
     adapters = AdapterSet(_base(base), folders)
     with adapters.side_by_side(list(RANKS)):
         pass
-    for name in RANKS:
+    return _swaps("set_adapter, all in memory", "set_adapter", adapters, expected)
+
+
+def _swaps(way: str, how: str, adapters: AdapterSet, expected: dict[str, torch.Tensor]) -> list[str]:
+    for name in RANKS:  # a slot has grown to the largest rank before memory is read
         adapters.swap(name)
         _logits(adapters.model)
     before, times, worst = _resident(), [], 0.0
     for number in range(SWAPS):
         name = list(RANKS)[number % len(RANKS)]
-        times.append(_milliseconds(lambda name=name: _require(adapters.swap(name), "set_adapter")))  # type: ignore[misc]
+        times.append(_milliseconds(lambda name=name: _require(adapters.swap(name), how)))  # type: ignore[misc]
         worst = max(worst, _difference(adapters.model, expected[name]))
-    return _row("set_adapter, all in memory", times, before, worst)
+    return _row(way, times, before, worst)
 
 
 def _reloads(base: Path, folders: dict[str, Path]) -> list[str]:

@@ -180,19 +180,15 @@ def sums(folder: Path) -> dict[str, str]:
 
 def tensors(folder: Path) -> dict[str, str]:
     """sha256 of each tensor's bytes: files may hold them in another order."""
+    import torch
+
     from lora_recipes.merge.checkpoint import Files, read_checkpoint
 
     with Files() as files:
         return {
-            name: hashlib.sha256(memoryview(files.read(stored).view(-1).view(torch_uint8()).numpy())).hexdigest()
+            name: hashlib.sha256(memoryview(files.read(stored).view(-1).view(torch.uint8).numpy())).hexdigest()
             for name, stored in sorted(read_checkpoint(folder).tensors.items())
         }
-
-
-def torch_uint8() -> Any:
-    import torch
-
-    return torch.uint8
 
 
 def killed(base: Path, adapter: Path, target: Path, seconds: float, times: int) -> int:
@@ -243,7 +239,8 @@ def report(place: Path, args: argparse.Namespace) -> None:
             found[way].append(run(way, base, adapter, target))
             sys.stderr.write(f"{way}: {found[way][-1]}\n")
             if way == "stream":
-                ours, of_ours = sums(target), tensors(target) if pair == 0 and not args.no_memory else of_ours
+                ours = sums(target)
+                of_ours = of_ours or ({} if args.no_memory else tensors(target))
             shutil.rmtree(target)
     ratios = [ours["seconds"] / theirs["seconds"] for ours, theirs in zip(found["stream"], found["copy"], strict=True)]
     rows = list(found.items())

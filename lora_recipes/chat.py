@@ -10,19 +10,19 @@ import torch
 
 from lora_recipes import console
 from lora_recipes.data.formats import SPEAKER, BadRow, Conversation, Message, marked_messages
-from lora_recipes.data.load import load_data, used_rows
+from lora_recipes.data.load import used_rows
 from lora_recipes.data.masks import Masker
 from lora_recipes.errors import DataError, LoraRecipesError, RecipeError, RunError
 from lora_recipes.model.adapters import parse_named
 from lora_recipes.model.answer import generation_config
-from lora_recipes.model.build import end_token_ids, load_base, load_merged, load_tokenizer
+from lora_recipes.model.build import load_base, load_merged
 from lora_recipes.model.machine import choose
 from lora_recipes.model.source import locate, materialise
 from lora_recipes.model.speaker import Speaker
 from lora_recipes.model.swapping import AdapterSet
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir
-from lora_recipes.trained import require_own_adapter, require_same_adapter, require_same_template
+from lora_recipes.trained import as_trained, require_own_adapter, require_same_adapter
 
 HELP = """/adapter NAME   answer with this adapter from now on
 /adapters       which there are
@@ -64,13 +64,13 @@ def chat(recipe: Recipe, adapters: list[str], *, force: bool) -> None:
     require_same_adapter(recipe, run_dir, source, force=force)
     for folder in named.values():
         require_own_adapter(folder, recipe, source, force=force)
-    tokenizer = load_tokenizer(recipe, source)
-    ends = end_token_ids(recipe, source, tokenizer)
-    rows = load_data(recipe, tokenizer, set(ends)).sources[0]
-    require_same_template(run_dir, tokenizer.chat_template)
-    masker = Masker(tokenizer, set(ends), "escape")  # what is typed is words: a control token in it opens no turn
+    opened = as_trained(recipe, run_dir, source)
+    tokenizer, rows = opened.tokenizer, opened.data.sources[0]
+    masker = Masker(
+        tokenizer, set(opened.ends), "escape"
+    )  # what is typed is words: a control token in it opens no turn
     dialogue = Dialogue(masker, next(used_rows(rows.train, 1), Conversation(text="")))
-    config = generation_config(recipe.section("generation"), ends, tokenizer)
+    config = generation_config(recipe.section("generation"), opened.ends, tokenizer)
     loaded: AdapterSet | None = None
     if recipe.get("lora"):
         loaded = AdapterSet(load_base(recipe, source, choices), {recipe.name: run_dir.adapter} | named)

@@ -10,6 +10,7 @@ from typing import Any
 from lora_recipes import __version__, process
 from lora_recipes.errors import EXIT_DONE, EXIT_REFUSED, EXIT_USER, LoraRecipesError, RunError, machine_fault
 from lora_recipes.recipe import InvalidRecipe, Recipe, load_recipe
+from lora_recipes.recipe.vocabulary import COMBINATIONS
 
 Result = dict[str, Any]
 # Options that only some verbs have a use for.
@@ -35,7 +36,6 @@ ONLY_FOR = {
     "--method": "merge",
     "--dry_run": "push",
 }
-COMBINATIONS = ("svd", "linear", "ties", "dare_ties")
 EXIT_CODES = "0 done, 2 recipe or data wrong, 3 machine lacks something, 4 refused, 1 a bug of ours"
 
 
@@ -327,7 +327,8 @@ def merge(args: argparse.Namespace) -> int:
 
     if args.method and not args.adapters:
         raise RunError("`--method` says how `--adapters` are combined; name them: --adapters a=0.7 b=0.3")
-    _emit(args, run(recipe, force=args.force, adapters=args.adapters or [], method=args.method or COMBINATIONS[0]))
+    method = {"method": args.method} if args.method else {}
+    _emit(args, run(recipe, force=args.force, adapters=args.adapters or [], **method))
     return EXIT_DONE
 
 

@@ -3,19 +3,19 @@
 from typing import Any
 
 from lora_recipes import console
-from lora_recipes.data.load import LoadedData, load_data
+from lora_recipes.data.load import LoadedData
 from lora_recipes.data.questions import Question, dialogue_form, questions
 from lora_recipes.errors import RunError
 from lora_recipes.judge import Signs, broken, fault
 from lora_recipes.model.adapted import attach_adapter, check_adapter
 from lora_recipes.model.answer import Answer, answer, generation_config, stop_strings
-from lora_recipes.model.build import end_token_ids, load_base, load_merged, load_tokenizer
+from lora_recipes.model.build import load_base, load_merged
 from lora_recipes.model.machine import choose
 from lora_recipes.model.source import locate, materialise
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir, write_jsonl
 from lora_recipes.score import expectation_of, summary, told
-from lora_recipes.trained import require_same_adapter, require_same_heldout, require_same_template
+from lora_recipes.trained import as_trained, require_same_adapter, require_same_heldout
 
 SHOWN_ROWS = 5
 SHOWN_FAILURES = 20
@@ -43,17 +43,15 @@ def generate(recipe: Recipe, *, force: bool = False, served: bool = False) -> di
     choices = choose(recipe, training=False)
     source = materialise(locate(recipe))
     require_same_adapter(recipe, run_dir, source, force=force)
-    tokenizer = load_tokenizer(recipe, source)
-    ends = end_token_ids(recipe, source, tokenizer)
     if recipe.get("lora"):
         check_adapter(run_dir.adapter)
-    data = load_data(recipe, tokenizer, set(ends))
-    require_same_template(run_dir, tokenizer.chat_template)
+    opened = as_trained(recipe, run_dir, source)
+    tokenizer, data = opened.tokenizer, opened.data
     require_same_heldout(recipe, run_dir, data.keys(), data.seed)
     asked = questions(data)
     if not asked:
         raise RunError(f"{recipe.path}: nothing to ask; set generation.prompts, checks.prompts or dataset.eval_split")
-    config = generation_config(recipe.section("generation"), ends, tokenizer)
+    config = generation_config(recipe.section("generation"), opened.ends, tokenizer)
     limits = [(question.expectation or {}).get("max_new_tokens") for question in asked]
     settings = (config, recipe.get("generation.batch_size", BATCH_SIZE), recipe.get("training.seed", 42), limits)
 

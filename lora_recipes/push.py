@@ -16,6 +16,7 @@ from lora_recipes import console
 from lora_recipes.errors import MachineError, RecipeError, RefusedError, RunError
 from lora_recipes.model.folder import PICKLES, VOCABULARIES, require_intact
 from lora_recipes.plan import facts_of
+from lora_recipes.plan.method import method_in_full
 from lora_recipes.recipe import Recipe
 from lora_recipes.recipe.problem import SECRET_VALUE
 from lora_recipes.run_dir import RunDir, file_sha256, read_json
@@ -206,7 +207,7 @@ def _card(recipe: Recipe, run_dir: RunDir, name: str, manifest: dict[str, Any]) 
         "Base": named + (f" at {base['revision']}" if base.get("revision") else ""),
         "Licence of the base": known.get("licence") or "not known here; see the base",
         "Licence of this model": "not stated",
-        "Method": _method(recipe),
+        "Method": method_in_full(recipe),
         "Trained on": ", ".join(f"`{file}`" for file in sorted(manifest.get("data", {}))) or "not recorded",
         "Versions": ", ".join(f"{key} {value}" for key, value in manifest.get("versions", {}).items())
         or "not recorded",
@@ -222,15 +223,6 @@ def _card(recipe: Recipe, run_dir: RunDir, name: str, manifest: dict[str, Any]) 
     lines += ["| figure | value |", "|---|---|"] if figures else ["Nothing was measured before this upload."]
     lines += [f"| {key} | {value} |" for key, value in figures]
     return "\n".join([*lines, "", "`manifest.json` holds what it takes to repeat the run.", ""])
-
-
-def _method(recipe: Recipe) -> str:
-    lora = recipe.section("lora")
-    if not lora:
-        return "full fine-tuning"
-    kind = "DoRA" if lora.get("use_dora") else "rsLoRA" if lora.get("use_rslora") else "LoRA"
-    bits = " on a 4-bit base" if recipe.get("quantization.load_in_4bit") else ""
-    return f"{kind}{bits}, r = {lora.get('r', 8)}, alpha = {lora.get('lora_alpha', 8)}"
 
 
 def _figures(found: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

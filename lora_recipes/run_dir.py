@@ -169,6 +169,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def text_sha256(text: str) -> str:
+    """sha256 of a text's UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 class Locked:
     """An exclusive lock on a file, held until `release` or the end of the process."""
 

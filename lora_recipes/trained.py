@@ -1,22 +1,52 @@
 """Whether a run folder holds the run of this very recipe: what was trained is compared with what is asked now."""
 
-from hashlib import sha256
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from lora_recipes import console
+from lora_recipes.data.load import LoadedData, load_data
 from lora_recipes.errors import RefusedError, RunError
+from lora_recipes.model.build import end_token_ids, load_tokenizer
 from lora_recipes.model.folder import require_intact
 from lora_recipes.model.identity import base_of, require_base
+from lora_recipes.model.initialise import changes_base
 from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe, load_recipe
-from lora_recipes.run_dir import RunDir, read_json
+from lora_recipes.run_dir import RunDir, read_json, text_sha256
 
 # What an adapter is bound to. The other sections may change between training and the steps after it.
 ADAPTER_KEYS = ("model", "quantization", "lora")
 SCALING = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-SPLIT_BASES = ("pissa", "olora")  # what `model.initialise.changes_base` names
 RUN_KEYS = (*ADAPTER_KEYS, "dataset", "training")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What the steps after training read before any weight: how the model is asked, and the run's rows.
+
+    Attributes:
+        ends: tokens that end an answer.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    ends: list[int]
+    data: LoadedData
+
+
+def as_trained(recipe: Recipe, run_dir: RunDir, source: Source) -> Opened:
+    """Tokenizer, end tokens and rows of a run, in the form that it was trained in.
+
+    Raises:
+        RefusedError: the chat template is another than it was trained with.
+    """
+    tokenizer = load_tokenizer(recipe, source)
+    ends = end_token_ids(recipe, source, tokenizer)
+    data = load_data(recipe, tokenizer, set(ends))
+    _require_same_template(run_dir, tokenizer.chat_template)
+    return Opened(tokenizer, ends, data)
 
 
 def require_same_adapter(recipe: Recipe, run_dir: RunDir, source: Source | None, *, force: bool = False) -> None:
@@ -45,7 +75,7 @@ def require_same_adapter(recipe: Recipe, run_dir: RunDir, source: Source | None,
 def _require_same_scaling(recipe: Recipe, run_dir: RunDir) -> None:
     """Ranks and scaling stand in the adapter's config, beside its weights: a wrong one changes every answer in silence."""
     lora, saved = recipe.section("lora"), read_json(run_dir.adapter / "adapter_config.json")
-    if isinstance(lora.get("init_lora_weights"), str) and lora["init_lora_weights"].startswith(SPLIT_BASES):
+    if changes_base(lora):
         return  # published as another adapter, of twice the rank, for the untouched base
     for key in SCALING:
         if key in lora and saved.get(key) != lora[key]:
@@ -64,14 +94,14 @@ def require_own_adapter(folder: Path, recipe: Recipe, source: Source | None, *, 
         console.say(f"note: {doubt}", "yellow")
 
 
-def require_same_template(run_dir: RunDir, template: str | None) -> None:
+def _require_same_template(run_dir: RunDir, template: str | None) -> None:
     """Raises RefusedError when a model would be asked with another chat template than it was trained with.
 
     Args:
         template: the tokenizer's, after `load_data` has settled it.
     """
     trained = read_json(run_dir.manifest).get("chat_template_sha256")
-    now = sha256(template.encode()).hexdigest() if template else None
+    now = text_sha256(template) if template else None
     if trained != now and run_dir.manifest.is_file():
         raise RefusedError(
             f"{run_dir.root}: the chat template is not the one that was trained with (sha256 {str(trained)[:12]} then, "

@@ -96,31 +96,36 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def tiny_recipe(model: str, data: dict[str, str]) -> dict[str, Any]:
+    """The sections of a recipe that trains three steps of LoRA on a tiny model."""
+    return {
+        "model": {"pretrained_model_name_or_path": model},
+        "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+        "dataset": {"path": "json", "data_files": data, "split": "train", "eval_split": "heldout"},
+        "training": {
+            "max_length": 160,
+            "max_steps": 3,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "activation_checkpointing": False,
+            "assistant_only_loss": True,
+            "bf16": True,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+        },
+        "generation": {"max_new_tokens": 8},
+        "checks": {"min_stopped": 0},  # a model of random weights and 3 steps never stops
+        "merge": {"dtype": "float32"},
+    }
+
+
 @pytest.fixture
 def write_recipe(tiny_model: Path, tiny_data: dict[str, str], workdir: Path) -> Callable[..., Path]:
     """Writes a recipe on the tiny model; keyword arguments are merged into its sections, None drops a section."""
 
     def write(name: str = "tiny", **changes: dict[str, Any] | None) -> Path:
-        sections: dict[str, Any] = {
-            "model": {"pretrained_model_name_or_path": str(tiny_model)},
-            "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
-            "dataset": {"path": "json", "data_files": tiny_data, "split": "train", "eval_split": "heldout"},
-            "training": {
-                "max_length": 160,
-                "max_steps": 3,
-                "per_device_train_batch_size": 4,
-                "learning_rate": 1e-2,
-                "logging_steps": 1,
-                "activation_checkpointing": False,
-                "assistant_only_loss": True,
-                "bf16": True,
-                "save_strategy": "no",
-                "disable_tqdm": True,
-            },
-            "generation": {"max_new_tokens": 8},
-            "checks": {"min_stopped": 0},  # a model of random weights and 3 steps never stops
-            "merge": {"dtype": "float32"},
-        }
+        sections = tiny_recipe(str(tiny_model), tiny_data)
         for section, keys in changes.items():
             if keys is None:
                 sections.pop(section, None)

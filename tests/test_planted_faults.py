@@ -16,7 +16,7 @@ from lora_recipes.merge import parity
 from lora_recipes.model.folder import require_publishable, write_sums
 from lora_recipes.run_dir import RunDir, read_json
 from lora_recipes.train import launch
-from tests.conftest import ROOT
+from tests.conftest import ROOT, tiny_recipe
 
 Told = Callable[[], str]
 
@@ -26,25 +26,9 @@ def trained_once(tiny_model: Path, tiny_data: dict[str, str], tmp_path_factory: 
     """A working folder with a base of its own and a trained run on it."""
     folder = tmp_path_factory.mktemp("once")
     shutil.copytree(tiny_model, folder / "base")
-    recipe = {
-        "model": {"pretrained_model_name_or_path": "base"},
-        "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
-        "dataset": {"path": "json", "data_files": tiny_data, "split": "train", "eval_split": "heldout"},
-        "training": {
-            "max_length": 160,
-            "max_steps": 3,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "activation_checkpointing": False,
-            "assistant_only_loss": True,
-            "bf16": True,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-        },
-        "generation": {"max_new_tokens": 4},
-        "checks": {"min_stopped": 0, "forgetting": {"max_kl": 100.0, "max_loss_increase": 100.0, "max_rows": 2}},
-        "merge": {"dtype": "float32"},
-    }
+    forgetting = {"max_kl": 100.0, "max_loss_increase": 100.0, "max_rows": 2}
+    recipe = tiny_recipe("base", tiny_data) | {"generation": {"max_new_tokens": 4}}
+    recipe["checks"] |= {"forgetting": forgetting}
     (folder / "r.yaml").write_text(json.dumps(recipe))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

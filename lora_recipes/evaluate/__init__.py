@@ -1,7 +1,7 @@
 """Loss before and after, on rows the run held out and on text it never saw; and from all evidence, the verdict."""
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import exp
 from typing import Any
@@ -11,18 +11,18 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lora_recipes import console
-from lora_recipes.data.load import LoadedData, load_data
+from lora_recipes.data.load import LoadedData
 from lora_recipes.evaluate.advice import advice, write_mix
 from lora_recipes.evaluate.forgetting import MAX_KL, MAX_LOSS_INCREASE, General, general_rows
 from lora_recipes.evaluate.tasks import run_tasks
 from lora_recipes.model.adapted import attach_adapter
-from lora_recipes.model.build import end_token_ids, load_base, load_merged, load_tokenizer
+from lora_recipes.model.build import load_base, load_merged
 from lora_recipes.model.compare import Difference, Row, logits_at, trained_row
 from lora_recipes.model.machine import choose
 from lora_recipes.model.source import locate, materialise
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir, write_json
-from lora_recipes.trained import require_same_adapter, require_same_heldout, require_same_template
+from lora_recipes.trained import as_trained, require_same_adapter, require_same_heldout
 from lora_recipes.verdict import verdict
 
 SAME_LOGITS = 1e-4  # of one model read twice
@@ -45,25 +45,14 @@ class Pair:
             found.add(before, after, row.targets)
         return found
 
-    def before(self) -> Any:
-        """A block in which the untrained model is at hand."""
+    @contextmanager
+    def before(self) -> Iterator[PreTrainedModel | PeftModel]:
+        """A block in which the untrained model is at hand: one of its own, or the trained one with its adapter off."""
         if self.base is not None:
-            return nullcontext(self.base)
-        return _Without(self.trained)
-
-
-class _Without:
-    """The model with its adapter switched off."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.off = model, model.disable_adapter()
-
-    def __enter__(self) -> Any:
-        self.off.__enter__()
-        return self.model
-
-    def __exit__(self, *error: Any) -> None:
-        self.off.__exit__(*error)
+            yield self.base
+            return
+        with self.trained.disable_adapter():
+            yield self.trained
 
 
 def evaluate(
@@ -96,12 +85,10 @@ def evaluate(
     choices = choose(recipe, training=False)
     source = materialise(locate(recipe))
     require_same_adapter(recipe, run_dir, source, force=force)
-    tokenizer = load_tokenizer(recipe, source)
-    ends = end_token_ids(recipe, source, tokenizer)
-    data = load_data(recipe, tokenizer, set(ends))
-    require_same_template(run_dir, tokenizer.chat_template)
+    opened = as_trained(recipe, run_dir, source)
+    data = opened.data
     require_same_heldout(recipe, run_dir, data.keys(), data.seed)
-    general = general_rows(recipe, tokenizer, ends, data)  # before weights: it may have nothing to read
+    general = general_rows(recipe, opened.tokenizer, opened.ends, data)  # before weights: it may have nothing to read
     base = load_base(recipe, source, choices).eval()
     if recipe.get("lora"):
         pair = _adapted(
@@ -115,7 +102,7 @@ def evaluate(
     report["advice"] = [] if report["forgetting"]["passed"] else advice(recipe)
     write_json(run_dir.evaluation, report)  # what was measured is kept, whatever follows
     if tasks:
-        report["tasks"] = run_tasks(pair, tokenizer, tasks, include_path)
+        report["tasks"] = run_tasks(pair, opened.tokenizer, tasks, include_path)
         write_json(run_dir.evaluation, report)
     if mix is not None:
         report["mixed"] = str(write_mix(recipe, mix, data))

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from lora_recipes import console
 from lora_recipes.errors import RefusedError, RunError
@@ -13,7 +13,7 @@ from lora_recipes.export.gguf import write_gguf
 from lora_recipes.export.llama_cpp import convert, converter
 from lora_recipes.export.ollama import modelfile
 from lora_recipes.model.adapted import check_model
-from lora_recipes.model.build import meta_model
+from lora_recipes.model.build import generation_config_in, meta_model
 from lora_recipes.model.folder import require_intact, require_publishable, write_sums
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir, file_sha256, published, write_json
@@ -83,7 +83,7 @@ def _write_model(recipe: Recipe, merged: Path, staging: Path, made: dict[str, An
             f"{merged} is quantized; GGUF is made from 16- or 32-bit weights. Merge with merge.dtype set"
         )
     tokenizer = AutoTokenizer.from_pretrained(merged, **keywords)
-    generation = _generation(merged)
+    generation = generation_config_in(merged, local_files_only=True)
     path = staging / f"{recipe.name}-{outtype}.gguf"
     console.say(f"Writing {path.name} …")
     try:
@@ -101,13 +101,6 @@ def _write_model(recipe: Recipe, merged: Path, staging: Path, made: dict[str, An
         text, notes = modelfile(path, tokenizer, generation, recipe.section("generation"))
         (staging / "Modelfile").write_text(text, encoding="utf-8")
         made["notes"] += notes
-
-
-def _generation(merged: Path) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(merged, local_files_only=True)
-    except OSError:  # a model without generation_config.json
-        return GenerationConfig()
 
 
 def _show(made: dict[str, Any]) -> None:

@@ -2,13 +2,14 @@
 
 import json
 import shutil
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
 from lora_recipes.errors import RefusedError
 from lora_recipes.model.adapted import check_adapter
+from lora_recipes.model.identity import portable
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import write_json
 
@@ -49,7 +50,8 @@ def write_adapter(adapter: Path, folder: Path, recipe: Recipe) -> None:
         )
     folder.mkdir(parents=True)
     shutil.copyfile(adapter / "adapter_model.safetensors", folder / "adapter_model.safetensors")
-    config["base_model_name_or_path"] = _base(config.get("base_model_name_or_path"), recipe)
+    recorded, named = config.get("base_model_name_or_path"), recipe.get("model.pretrained_model_name_or_path")
+    config["base_model_name_or_path"] = recorded if recorded and portable(recorded) == recorded else portable(named)
     write_json(folder / "adapter_config.json", config)
 
 
@@ -69,10 +71,3 @@ def _reasons(config: dict[str, Any], weights: Path) -> list[str]:
     if other := [name for name in names if not name.endswith(plain)]:
         reasons.append(f"{other[0]}: not a low-rank weight of a linear layer ({len(other)} of {len(names)} tensors)")
     return reasons
-
-
-def _base(recorded: str | None, recipe: Recipe) -> str:
-    """The base as the recipe names it; of a folder of this machine only its name, which says no more elsewhere."""
-    named: str = recipe.get("model.pretrained_model_name_or_path")
-    kept = recorded if recorded and not PurePath(recorded).is_absolute() else named
-    return PurePath(kept).name if PurePath(kept).is_absolute() else kept

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_recipes import console
-from lora_recipes.data.load import LoadedData, load_data
+from lora_recipes.data.load import LoadedData
 from lora_recipes.errors import MachineError, RefusedError, RunError
 from lora_recipes.merge import parity
 from lora_recipes.merge.parity import TOLERANCES, Asked, Proof
@@ -24,9 +24,7 @@ from lora_recipes.model.adapters import combine, parse_weighted
 from lora_recipes.model.answer import generation_config
 from lora_recipes.model.build import (
     base_generation_config,
-    end_token_ids,
     load_base,
-    load_tokenizer,
     make_servable,
     meta_model,
     model_config,
@@ -38,7 +36,7 @@ from lora_recipes.model.machine import Choices, choose, memory_available
 from lora_recipes.model.source import Source, locate, materialise
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import SUMS, Locked, RunDir, file_sha256, published, write_json
-from lora_recipes.trained import require_own_adapter, require_same_adapter, require_same_template
+from lora_recipes.trained import as_trained, require_own_adapter, require_same_adapter
 
 MUCH_ROUNDED = 0.1  # of the adapter's change; what the merge type then loses is worth a word
 BASES = ("original", "dequantized")
@@ -130,14 +128,12 @@ def _settle(recipe: Recipe, run_dir: RunDir, force: bool, adapters: list[str], m
             f"{recipe.where('model.pretrained_model_name_or_path')}: {source.named} is quantized on disk; merging into it "
             "would round the adapter away. Name the 16- or 32-bit model it was made from"
         )
-    tokenizer = load_tokenizer(recipe, source)
-    ends = end_token_ids(recipe, source, tokenizer)
-    data = load_data(recipe, tokenizer, set(ends))
-    require_same_template(run_dir, tokenizer.chat_template)
-    greedy = generation_config({"max_new_tokens": recipe.get("generation.max_new_tokens", 64)}, ends, tokenizer)
-    asked = parity.to_ask(data, tokenizer, greedy)
+    opened = as_trained(recipe, run_dir, source)
+    limit = {"max_new_tokens": recipe.get("generation.max_new_tokens", 64)}
+    greedy = generation_config(limit, opened.ends, opened.tokenizer)
+    asked = parity.to_ask(opened.data, opened.tokenizer, greedy)
     planned = plan_weights(recipe, source, choices, adapter)
-    job = _Job(recipe, run_dir, adapter, source, choices, tokenizer, ends, data, asked, planned)
+    job = _Job(recipe, run_dir, adapter, source, choices, opened.tokenizer, opened.ends, opened.data, asked, planned)
     _require_memory(job)
     return job
 
@@ -188,9 +184,8 @@ def _merged(job: _Job, scratch: Path, started: float) -> dict[str, Any]:
         report |= _observe(job, scratch, observed)
     with published(job.run_dir.merged, resumes=True) as staging:
         began = time.monotonic()
-        streamed = write_weights(
-            job.planned, staging, keep_progress=True
-        )  # a proof that is killed costs no second merge
+        # A proof that is killed costs no second merge.
+        streamed = write_weights(job.planned, staging, keep_progress=True)
         report |= {
             "written_bytes": job.planned.layout.bytes,
             "written_seconds": round(time.monotonic() - began, 2),

@@ -126,7 +126,7 @@ def read_base(model: PreTrainedModel, checkpoint: Checkpoint, loaded: torch.dtyp
     return Base(
         checkpoint,
         where,
-        {name: _loaded_as(name, tensor, model, loaded) for name, tensor in parameters.items()},
+        _types(parameters, model._get_dtype_plan(loaded)),
         {id(tensor): name for name, tensor in parameters.items() if name in where},
         dropped,
     )
@@ -282,14 +282,14 @@ def _written_as(loaded: torch.dtype, cast: torch.dtype | None) -> torch.dtype:
     return cast if cast is not None and loaded.is_floating_point else loaded
 
 
-def _loaded_as(name: str, tensor: torch.Tensor, base: PreTrainedModel, dtype: torch.dtype) -> torch.dtype:
-    """The type transformers loads a parameter in: some are kept in float32 (core_model_loading)."""
-    plan = base._get_dtype_plan(dtype)
+def _types(parameters: dict[str, torch.Tensor], plan: dict[str, torch.dtype]) -> dict[str, torch.dtype]:
+    """The types that transformers loads parameters in: some are kept in float32, by a plan (core_model_loading)."""
+    types = {name: tensor.dtype for name, tensor in parameters.items()}
     if plan:
         pattern, by_group, _ = build_glob_alternation(list(plan))
-        if hit := pattern.search(name):
-            return plan[by_group[hit.lastgroup]]
-    return tensor.dtype
+        hits = {name: hit for name in types if (hit := pattern.search(name))}
+        types |= {name: plan[by_group[hit.lastgroup]] for name, hit in hits.items()}
+    return types
 
 
 def _note_untied(final: PreTrainedModel) -> None:

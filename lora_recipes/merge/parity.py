@@ -18,10 +18,10 @@ from lora_recipes.data.load import LoadedData
 from lora_recipes.data.questions import questions
 from lora_recipes.data.rerender import Sample, differing, samples
 from lora_recipes.errors import MachineError, RefusedError
-from lora_recipes.merge.weights import require_sums
 from lora_recipes.model.answer import answer
 from lora_recipes.model.build import load_merged
 from lora_recipes.model.compare import Row, differences, prompt_row, record, trained_row
+from lora_recipes.model.folder import require_sums
 from lora_recipes.model.machine import Choices
 from lora_recipes.recipe import Recipe
 
@@ -58,7 +58,6 @@ class Asked:
     prompts: list[list[int]]
     rows: list[Row]
     greedy: GenerationConfig
-    pad_token_id: int
 
 
 def to_ask(data: LoadedData, tokenizer: PreTrainedTokenizerBase, greedy: GenerationConfig) -> Asked:
@@ -68,7 +67,7 @@ def to_ask(data: LoadedData, tokenizer: PreTrainedTokenizerBase, greedy: Generat
     taken = data.heldout() or data.train()
     kept = [trained_row(row["input_ids"], row["labels"], TOKENS) for row in taken.take(ROWS)]
     rows = [prompt_row(prompt, TOKENS) for prompt in prompts] + [row for row in kept if row is not None]
-    return Asked(prompts, rows, greedy, tokenizer.pad_token_id)
+    return Asked(prompts, rows, greedy)
 
 
 def texts(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> list[str]:

@@ -142,7 +142,7 @@ class Merger:
             yield Block(unit, number, 0, rows)
             return
         width = max(1, unit.outputs[number].bytes // unit.outputs[number].dtype.itemsize // max(rows, 1))
-        step = max(ROWS, BLOCK // width // ROWS * ROWS)
+        step = _rows_of(width)
         for first in range(0, rows, step):
             yield Block(unit, number, first, min(step, rows - first))
 
@@ -190,9 +190,7 @@ class Merger:
     def _merged(self, block: Block, tensor: torch.Tensor) -> torch.Tensor:
         unit, output = block.unit, block.unit.outputs[block.output]
         if unit.converter is not None:
-            if (
-                output.name not in self.converted
-            ):  # the first of this unit that is written, so the others are still to come
+            if output.name not in self.converted:  # the first of its unit: the others are still to come
                 found = convert_and_merge(unit, self.layout.model, self.files, self.requantizer)
                 self.converted |= {name: value for name, value in found.items() if name not in self.written}
             tensor = self.converted.pop(output.name)
@@ -211,7 +209,7 @@ class Merger:
         sampled = first == 0 and tensor.dim() == 2
         before = tensor[:SAMPLE].clone() if sampled else tensor
         parameter = self.layout.model.get_parameter_or_buffer(unit.parameters[0])
-        step = len(tensor) if not by_rows(layer) else max(ROWS, BLOCK // max(1, tensor[0].numel()) // ROWS * ROWS)
+        step = _rows_of(max(1, tensor[0].numel())) if by_rows(layer) else len(tensor)
         if step >= len(tensor):
             changed = merge_rows(layer, parameter, tensor, first)
         else:  # a weight that had to be read whole: merged in runs of rows, for the memory
@@ -225,6 +223,11 @@ class Merger:
             self.result.lost += lost
             self.result.changed += wanted
         return changed
+
+
+def _rows_of(width: int) -> int:
+    """Rows of a block whose rows have `width` elements."""
+    return max(ROWS, BLOCK // width // ROWS * ROWS)
 
 
 def _finished(folder: Path, plan: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from lora_recipes.errors import MachineError, RefusedError
+from lora_recipes.errors import MachineError
 from lora_recipes.merge.checkpoint import Checkpoint, Files, checkpoint_of, header_bytes
 from lora_recipes.merge.layout import Layout, lay_out, read_base
 from lora_recipes.merge.requantize import Requantizer
@@ -127,12 +127,3 @@ def write_weights(planned: Planned, folder: Path, *, keep_progress: bool = False
     if not keep_progress:
         forget_progress(folder)
     return written
-
-
-def require_sums(folder: Path, sha256: dict[str, str]) -> None:
-    """Raises RefusedError when a file in `folder` is not, bit for bit, the one whose sha256 is given."""
-    for name, expected in sha256.items():
-        if not (folder / name).is_file():
-            raise RefusedError(f"{folder / name}: is gone")
-        if file_sha256(folder / name) != expected:
-            raise RefusedError(f"{folder / name}: its content is not what was written; the disk or somebody changed it")

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from lora_recipes.errors import RefusedError, RunError
 from lora_recipes.model.adapted import check_adapter
 from lora_recipes.model.initialise import changes_base
+from lora_recipes.recipe.vocabulary import COMBINATIONS
 from lora_recipes.run_dir import RunDir, published, read_json, write_json
 
 BASE = "__base__"  # PEFT's name for no adapter, in a mixed batch
 NAME = re.compile(r"[\w][\w.-]*")
-METHODS = ("linear", "ties", "dare_ties", "svd")
 DENSITY = 0.5  # share of the values that ties and dare_ties keep
 SEED = 42  # of the values that dare_ties drops
 # Fields of adapter_config.json that a swap takes over or that the weights already hold. Any other that is set is another
@@ -197,8 +197,8 @@ def combine(
 def _require_combinable(
     files: dict[str, AdapterFile], method: str, destination: Path, rank: int | None, density: float
 ) -> None:
-    if method not in METHODS:
-        raise RunError(f"no method is called {method!r}; methods: {', '.join(METHODS)}")
+    if method not in COMBINATIONS:
+        raise RunError(f"no method is called {method!r}; methods: {', '.join(COMBINATIONS)}")
     if not files:
         raise RunError("no adapters to combine; name them: --adapters a=0.7 b=0.3")
     if not 0 < density <= 1 or (rank is not None and rank < 1):

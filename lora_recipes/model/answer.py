@@ -47,22 +47,38 @@ def answer(
     """
     torch.manual_seed(seed)
     answers: dict[int, Answer] = {}
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    stops = stop_strings(config)
-    extra = {"tokenizer": tokenizer} if config.stop_strings else {}
     for batch, limit in _batches(prompts, limits or [None] * len(prompts), batch_size):
-        settings = _limited(config, limit)
-        inputs = _left_padded([prompts[index] for index in batch], tokenizer.pad_token_id, model.device)
-        with torch.no_grad():
-            output = model.generate(**inputs, generation_config=settings, **extra)
-        for index, row in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-            end = next((position for position, token in enumerate(row) if token in ends), None)
-            while end is None and row and row[-1] == tokenizer.pad_token_id:  # ended by a stop string before others
-                row.pop()
-            text = tokenizer.decode(row[:end], skip_special_tokens=False).strip()
-            stopped = end is not None or any(stop in text for stop in stops)
-            answers[index] = Answer(text, "eos" if stopped else "length")
+        given = answer_batch(model, tokenizer, [prompts[index] for index in batch], _limited(config, limit))
+        answers |= dict(zip(batch, given, strict=True))
     return [answers[index] for index in range(len(prompts))]
+
+
+def answer_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    **keywords: Any,
+) -> list[Answer]:
+    """One answer a prompt, all in one batch; `keywords` go to `generate`."""
+    extra = {"tokenizer": tokenizer} if config.stop_strings else {}
+    inputs = _left_padded(prompts, tokenizer.pad_token_id, model.device)
+    with torch.no_grad():
+        output = model.generate(**inputs, generation_config=config, **extra, **keywords)
+    answers = []
+    for row in output[:, inputs["input_ids"].shape[1] :].tolist():
+        end = next((position for position, token in enumerate(row) if token in end_ids(config)), None)
+        while end is None and row and row[-1] == tokenizer.pad_token_id:  # ended by a stop string before others
+            row.pop()
+        text = tokenizer.decode(row[:end], skip_special_tokens=False).strip()
+        stopped = end is not None or any(stop in text for stop in stop_strings(config))
+        answers.append(Answer(text, "eos" if stopped else "length"))
+    return answers
+
+
+def end_ids(config: GenerationConfig) -> list[int]:
+    """Tokens that end an answer."""
+    return config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
 
 
 def stop_strings(config: GenerationConfig) -> list[str]:

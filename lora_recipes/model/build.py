@@ -87,9 +87,14 @@ def end_token_ids(recipe: Recipe, source: Source, tokenizer: PreTrainedTokenizer
 
 
 def base_generation_config(recipe: Recipe, source: Source) -> GenerationConfig:
-    """How the base answers unless it is told otherwise; an empty one for a model without generation_config.json."""
+    """How the base answers unless it is told otherwise."""
+    return generation_config_in(source.location, **_hub_keywords(recipe))
+
+
+def generation_config_in(location: str | Path, **keywords: Any) -> GenerationConfig:
+    """The generation config beside a model; an empty one for a model without generation_config.json."""
     try:
-        return GenerationConfig.from_pretrained(source.location, **_hub_keywords(recipe))
+        return GenerationConfig.from_pretrained(location, **keywords)
     except OSError:
         return GenerationConfig()
 

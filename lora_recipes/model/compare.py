@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -136,15 +136,16 @@ def _larger(one: float, other: float) -> float:
 
 def recorded_differences(rows: Sequence[Row], reference: Path, folder: Path) -> dict[str, Any]:
     """How the model recorded in `folder` differs from the one recorded in `reference`."""
-    found = Difference()
-    for row, before, after in zip(rows, recorded(reference, len(rows)), recorded(folder, len(rows)), strict=True):
-        found.add(before, after, row.targets)
-    return found.as_json()
+    return _differences(rows, reference, recorded(folder, len(rows)))
 
 
 def differences(model: PreTrainedModel | PeftModel, rows: Sequence[Row], folder: Path) -> dict[str, Any]:
     """How `model` differs from the one whose logits `record` wrote into `folder`."""
+    return _differences(rows, folder, (logits_at(model, row) for row in rows))
+
+
+def _differences(rows: Sequence[Row], reference: Path, logits: Iterable[torch.Tensor]) -> dict[str, Any]:
     found = Difference()
-    for row, reference in zip(rows, recorded(folder, len(rows)), strict=True):
-        found.add(reference, logits_at(model, row), row.targets)
+    for row, before, after in zip(rows, recorded(reference, len(rows)), logits, strict=True):
+        found.add(before, after, row.targets)
     return found.as_json()

@@ -61,11 +61,31 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 def require_intact(folder: Path) -> None:
     """Raises RefusedError when a file of a published folder is not, bit for bit, what was published."""
-    for name, expected in read_sums(folder).items():
+    require_sums(
+        folder,
+        read_sums(folder),
+        gone=f"; {folder} is not what was published. Publish it again",
+        changed=f"its sha256 is not that of {folder / SUMS}: the disk or somebody has changed it. "
+        f"Delete {folder} and make it again",
+    )
+
+
+def require_sums(
+    folder: Path,
+    sums: dict[str, str],
+    *,
+    gone: str = "",
+    changed: str = "its content is not what was written; the disk or somebody changed it",
+) -> None:
+    """Raises RefusedError when a file in `folder` is not, bit for bit, the one whose sha256 is given.
+
+    Args:
+        sums: file name → sha256.
+        gone: what is said after a file that is not there.
+        changed: what is said of a file with another content.
+    """
+    for name, expected in sums.items():
         if not (folder / name).is_file():
-            raise RefusedError(f"{folder / name}: is gone; {folder} is not what was published. Publish it again")
+            raise RefusedError(f"{folder / name}: is gone{gone}")
         if file_sha256(folder / name) != expected:
-            raise RefusedError(
-                f"{folder / name}: its sha256 is not that of {folder / SUMS}: the disk or somebody has changed it. "
-                f"Delete {folder} and make it again"
-            )
+            raise RefusedError(f"{folder / name}: {changed}")

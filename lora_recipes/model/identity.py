@@ -31,13 +31,13 @@ class Base:
 
 def base_of(recipe: Recipe, source: Source) -> Base:
     """The recipe's base, whose weights are on this machine."""
-    return Base(portable_name(source), recipe.get("model.revision"), weights_sha256(recipe, source))
+    return Base(portable(source.named), recipe.get("model.revision"), weights_sha256(recipe, source))
 
 
-def portable_name(source: Source) -> str:
-    """What an adapter may call its base: of an absolute path only the last part, which says nothing of this machine."""
-    absolute = source.kind == "folder" and Path(source.named).is_absolute()
-    return Path(source.named).name if absolute else source.named
+def portable(named: str) -> str:
+    """A file or a model as it may be called elsewhere: of an absolute path only the last part, which says nothing of this
+    machine."""
+    return Path(named).name if Path(named).is_absolute() else named
 
 
 def weights_sha256(recipe: Recipe, source: Source) -> str:

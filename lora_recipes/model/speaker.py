@@ -10,7 +10,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lora_recipes import console
-from lora_recipes.model.answer import stop_strings
+from lora_recipes.model.answer import end_ids, stop_strings
 
 
 class Words(TextStreamer):
@@ -56,8 +56,7 @@ class Speaker:
         Returns:
             What was said, and how it ended: "eos", "length" or "interrupt".
         """
-        ends = self.config.eos_token_id if isinstance(self.config.eos_token_id, list) else [self.config.eos_token_id]
-        words = Words(self.tokenizer, ends)
+        words = Words(self.tokenizer, end_ids(self.config))
         prompt = torch.tensor([ids], device=self.model.device)
         extra: dict[str, Any] = {"tokenizer": self.tokenizer} if self.config.stop_strings else {}
         if self.read is not None and ids[: len(self.read[0])] == self.read[0] and len(ids) > len(self.read[0]):

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from lora_recipes.errors import RefusedError, RunError
 from lora_recipes.model.adapted import attach_adapter
 from lora_recipes.model.adapters import BASE, DEFAULTS, SAME_IN_BOTH, AdapterFile
+from lora_recipes.model.answer import answer_batch
 
 UNMIXABLE = ("use_dora", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config")
 
@@ -189,16 +190,9 @@ def answers_mixed(
     """
     if len(prompts) != len(names):
         raise RunError(f"{len(prompts)} prompts and {len(names)} names of adapters; each prompt needs one")
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    extra = {"tokenizer": tokenizer} if config.stop_strings else {}
-    with adapters.side_by_side(names) as places, torch.no_grad():
-        batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(
-            adapters.model.device
-        )
-        output = adapters.model.generate(**batch, generation_config=config, adapter_names=places, **extra)
-    rows = output[:, batch["input_ids"].shape[1] :].tolist()
-    cut = [next((place for place, token in enumerate(row) if token in ends), None) for row in rows]
-    return [tokenizer.decode(row[:end]).strip() for row, end in zip(rows, cut, strict=True)]
+    with adapters.side_by_side(names) as places:
+        given = answer_batch(adapters.model, tokenizer, prompts, config, adapter_names=places)
+    return [one.text for one in given]
 
 
 def _require_fit(base: PreTrainedModel, file: AdapterFile) -> None:

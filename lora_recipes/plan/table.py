@@ -14,8 +14,9 @@ from lora_recipes.model.targets import find_targets
 from lora_recipes.plan.architecture import config_of, facts_of
 from lora_recipes.plan.cards import GIB, Target, target_of
 from lora_recipes.plan.memory import Estimate
+from lora_recipes.plan.method import method_of
 from lora_recipes.plan.required import required_on
-from lora_recipes.recipe import Recipe, load_recipe
+from lora_recipes.recipe import load_recipe
 from lora_recipes.run_dir import write_text
 
 FOLDER = Path("recipes")
@@ -134,26 +135,6 @@ def _cell(estimate: Estimate, target: Target) -> str:
     if most == 0:
         return "–"
     return f"{most}" if most >= estimate.rows else f"({most})"
-
-
-def method_of(recipe: Recipe) -> str:
-    """What people call the way a recipe trains."""
-    lora, training = recipe.section("lora"), recipe.section("training")
-    if not lora:
-        return "full"
-    words = ["QLoRA" if recipe.get("quantization") else "LoRA"]
-    if lora.get("use_dora"):
-        words = ["QDoRA" if recipe.get("quantization") else "DoRA"]
-    start = lora.get("init_lora_weights")
-    names = {"pissa": "PiSSA", "olora": "OLoRA", "eva": "EVA", "loftq": "LoftQ"}
-    words += [names[start.split("_")[0]]] if isinstance(start, str) and start.split("_")[0] in names else []
-    words += ["rsLoRA"] if lora.get("use_rslora") else []
-    words += ["LoRA+"] if training.get("loraplus_lr_ratio") else []
-    words += ["LoRA-FA"] if training.get("lorafa") else []
-    words += ["NEFTune"] if training.get("neftune_noise_alpha") else []
-    words += ["DFT"] if training.get("loss_type") == "dft" else []
-    words += ["trained tokens"] if lora.get("trainable_token_indices") else []
-    return ", ".join(words)
 
 
 def digest(paths: Sequence[Path]) -> str:

@@ -22,6 +22,9 @@ OWNERS = {
 LOCAL_BUILDERS = ("json", "csv", "parquet", "arrow", "text")
 FORMATS = ("text", "messages", "prompt_completion", "alpaca", "sharegpt", "question_answer", "input_ids")
 
+# How several adapters become one (`merge --method`).
+COMBINATIONS = ("linear", "ties", "dare_ties", "svd")
+
 _DTYPE = {"enum": ["float32", "float16", "bfloat16"]}
 _NAME = {"type": "string", "minLength": 1}
 _FRACTION = {"type": "number", "minimum": 0, "maximum": 1}

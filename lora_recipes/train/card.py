@@ -2,19 +2,15 @@
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lora_recipes.model.identity import Base
+from lora_recipes.model.identity import Base, portable
+from lora_recipes.plan.method import method_in_full
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir, read_json, read_jsonl
 
-METHODS = {  # key of `lora` that is true → what the method is called
-    "use_dora": "DoRA",
-    "use_rslora": "rsLoRA",
-}
 LOAD = """```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,7 +31,7 @@ def card(recipe: Recipe, run_dir: RunDir, base: Base) -> str:
             "Base",
             f"{base.name}{f' at {base.revision}' if base.revision else ''}, weights sha256 `{base.weights_sha256}`",
         ),
-        ("Method", _method(recipe)),
+        ("Method", method_in_full(recipe)),
         ("Steps", f"{status.get('step')} of {status.get('max_steps')}, seed {manifest.get('seed')}"),
         ("Loss", _losses(lines)),
         ("Data", ", ".join(_files(manifest.get("data", {})))),
@@ -54,23 +50,9 @@ def card(recipe: Recipe, run_dir: RunDir, base: Base) -> str:
 
 
 def _files(data: dict[str, str]) -> Iterator[str]:
-    """Data files as the recipe names them; of an absolute path only the last part, which says nothing of this machine."""
+    """Data files as they may be called elsewhere."""
     for name, digest in data.items():
-        yield f"`{Path(name).name if Path(name).is_absolute() else name}` (sha256 `{digest[:12]}`)"
-
-
-def _method(recipe: Recipe) -> str:
-    lora = recipe.section("lora")
-    names = [name for key, name in METHODS.items() if lora.get(key)] or ["LoRA"]
-    start = lora.get("init_lora_weights")
-    names += [f"initialised by {start}"] if isinstance(start, str) else []
-    targets = lora.get("target_modules")
-    where = targets if isinstance(targets, str) else ", ".join(targets or [])
-    quantized = recipe.section("quantization")
-    bits = "4-bit" if quantized.get("load_in_4bit") else "8-bit" if quantized else ""
-    return f"{' '.join(names)}, r {lora.get('r', 8)}, alpha {lora.get('lora_alpha', 8)}, on {where}" + (
-        f", base in {bits} while it was trained" if bits else ""
-    )
+        yield f"`{portable(name)}` (sha256 `{digest[:12]}`)"
 
 
 def _losses(lines: list[dict[str, Any]]) -> str | None:

@@ -1,6 +1,5 @@
 """What a run leaves behind while it runs: metrics, status and the manifest."""
 
-import hashlib
 import json
 import math
 import platform
@@ -16,7 +15,7 @@ from lora_recipes.errors import RefusedError
 from lora_recipes.model.machine import Choices
 from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
-from lora_recipes.run_dir import RunDir, read_json, write_json
+from lora_recipes.run_dir import RunDir, read_json, text_sha256, write_json
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors")
 
@@ -91,7 +90,7 @@ def write_manifest(
     write_json(
         run_dir.manifest,
         {
-            "recipe": {"file": str(recipe.path), "sha256": _sha256(resolved)},
+            "recipe": {"file": str(recipe.path), "sha256": text_sha256(resolved)},
             "base": {
                 "source": source.kind,
                 "name": source.named,
@@ -101,7 +100,7 @@ def write_manifest(
             "data": data,
             "tokens": tokens,
             "audit": {key: value for key, value in audited.items() if key not in ("worst", "lengths")},
-            "chat_template_sha256": _sha256(template) if template else None,
+            "chat_template_sha256": text_sha256(template) if template else None,
             "seed": seed,
             "chosen": {choice.what: choice.value for choice in choices.made},
             "versions": {
@@ -117,7 +116,3 @@ def write_manifest(
             "argv": sys.argv,
         },
     )
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

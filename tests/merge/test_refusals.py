@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from lora_recipes.errors import EXIT_REFUSED, EXIT_USER, LoraRecipesError, RefusedError
 from lora_recipes.merge import layout
 from lora_recipes.merge.checkpoint import DTYPES, INDEX, Files, checkpoint_of, read_checkpoint, read_header
-from lora_recipes.merge.weights import require_sums, write_weights
+from lora_recipes.merge.weights import write_weights
+from lora_recipes.model.folder import require_sums
 from lora_recipes.model.source import Source
 from tests.merge.toys import WHOLE, edit, make_adapter, make_base, plan, recipe_on, require_same, streamed
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from lora_recipes.errors import RunError
+from lora_recipes.plan.method import method_of
 from lora_recipes.plan.table import (
     CARDS,
     FILES,
     block_of,
     digest,
-    method_of,
     row_of,
     shipped,
     tutorial_row,
