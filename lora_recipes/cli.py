@@ -246,7 +246,7 @@ def plan(args: argparse.Namespace) -> int:
         changes = settings_to_apply(found)
         if not changes:
             raise RunError(f"--apply {args.apply}: there is nothing to change, {recipe.path} fits as it is")
-        found["applied"] = str(new_recipe(recipe.path, args.apply, [*args.words, *changes]))
+        found["applied"] = str(new_recipe(recipe.path, args.apply, [*recipe.overrides, *changes]))
     _emit(args, found)
     if not args.json:
         console.plan(recipe.name, found)

@@ -4,7 +4,7 @@ from typing import Any
 
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir, read_json
-from lora_recipes.verdict import verdict
+from lora_recipes.verdict import SHIP, verdict
 
 
 def status(recipe: Recipe) -> dict[str, Any]:
@@ -18,21 +18,26 @@ def status(recipe: Recipe) -> dict[str, Any]:
         **known,
         **told,
         "folder": str(run_dir.root),
-        "next": _next(recipe, run_dir, told["gates"]),
+        "next": _next(recipe, run_dir, told),
     }
 
 
-def _next(recipe: Recipe, run_dir: RunDir, gates: dict[str, bool | None]) -> list[str]:
+def _next(recipe: Recipe, run_dir: RunDir, told: dict[str, Any]) -> list[str]:
     """Commands that make sense now."""
-    path = recipe.path
+    path, gates = recipe.path, told["gates"]
     if not (run_dir.adapter if recipe.get("lora") else run_dir.merged).is_dir():
         resume = " --resume" if run_dir.checkpoints.is_dir() else ""
         return [f"accelerate launch run.py {path}{resume}"]
     commands = []
     if not run_dir.merged.is_dir():
         commands.append(f"lora-recipes merge {path}")
+    elif gates["merge_parity"] is None:  # of an adapter that is no longer there, or merged without a proof of behaviour
+        commands.append(f"mv {run_dir.merged} {run_dir.merged}.old && lora-recipes merge {path}")
     if gates["answers"] is None or gates["merged_answers"] is None:
         commands.append(f"lora-recipes generate {path}")
     if gates["not_forgotten"] is None:
         commands.append(f"lora-recipes evaluate {path}")
+    if told["verdict"] == SHIP:
+        commands += [] if run_dir.exports.is_dir() else [f"lora-recipes export {path}"]
+        commands += [f"lora-recipes push {path} --dry_run"] if recipe.get("hub.repo_id") else []
     return commands or [f"lora-recipes new {path} my-recipe dataset.data_files.train=my.jsonl"]

@@ -1,12 +1,15 @@
 """What `evaluate` measures: every token once, before and after in one model; what was forgotten, and what helps."""
 
+import gzip
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pandas
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,9 +18,19 @@ from torch.nn.functional import cross_entropy
 from lora_recipes.cli import main
 from lora_recipes.data.audit import audit
 from lora_recipes.data.load import load_data
+from lora_recipes.evaluate import Pair
 from lora_recipes.model.adapted import attach_adapter
 from lora_recipes.model.build import end_token_ids, load_base, load_merged, load_tokenizer
-from lora_recipes.model.compare import Difference, Row, differences, logits_at, prompt_row, record, trained_row
+from lora_recipes.model.compare import (
+    Difference,
+    Row,
+    differences,
+    logits_at,
+    pieces,
+    prompt_row,
+    record,
+    trained_row,
+)
 from lora_recipes.model.folder import write_sums
 from lora_recipes.model.machine import choose
 from lora_recipes.model.source import locate
@@ -164,6 +177,57 @@ def test_general_rows_that_are_not_there_are_asked_for(evaluated: Callable):
     assert code == 2 and "no file nowhere.jsonl" in report["error"]["message"]
 
 
+def test_general_rows_may_lie_in_any_file_that_data_may(evaluated: Callable, workdir: Path):
+    pandas.DataFrame(CHAT).to_parquet("chat.parquet")
+    Path("text.txt").write_text("".join(f"{row['text']}\n" for row in TEXT))
+    Path("chat.jsonl.gz").write_bytes(gzip.compress(Path("chat.jsonl").read_bytes()))
+    kinds = ["chat.parquet", "text.txt", "chat.jsonl.gz"]
+    code, report = evaluated("--mix", "blend", forgetting=LENIENT | {"data_files": kinds})
+    assert code == 0
+    assert [found["rows"] for found in report["forgetting"]["files"].values()] == [8, 4, 8]
+    assert load_recipe(report["mixed"]).get("dataset.1.path") == "parquet"
+
+
+def test_a_file_of_no_known_kind_never_becomes_the_name_of_a_data_set(evaluated: Callable):
+    Path("general.rows").write_text(Path("chat.jsonl").read_text())
+    code, report = evaluated(forgetting={"data_files": "general.rows"})
+    assert code == 2 and "general.rows is of no known kind; known endings: .jsonl" in report["error"]["message"]
+
+
+def test_words_of_the_command_line_are_in_the_mixed_recipe_and_in_the_advice(evaluated: Callable):
+    _, report = evaluated("--mix", "blend", "generation.max_new_tokens=7", "checks.forgetting.max_kl=1e-9")
+    mixed = load_recipe(report["mixed"])
+    assert mixed.get("generation.max_new_tokens") == 7 and mixed.get("checks.forgetting.max_kl") == 1e-9
+    assert all("generation.max_new_tokens=7" in line for line in report["advice"]) and report["advice"]
+
+
+def test_a_text_recipe_on_a_model_without_a_template_mixes_in_text(
+    write_recipe: Callable[..., Path], general: list[str], workdir: Path, capsys: pytest.CaptureFixture
+):
+    model = untemplated(load_recipe(write_recipe()).get("model.pretrained_model_name_or_path"), workdir / "plain")
+    rows = [{"text": f"A field of barley, and in it {n} hares that nobody counts."} for n in range(20)]
+    Path("own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": "json", "data_files": {"train": "own.jsonl"}, "split": "train", "eval_split": 0.2}
+    checks = {"min_stopped": 0, "forgetting": LENIENT | {"data_files": general}}
+    named, whole = {"pretrained_model_name_or_path": str(model)}, {"assistant_only_loss": False}
+    path = write_recipe(model=named, dataset=data, checks=checks, training=whole)
+    assert launch(str(path), []) == 0
+    capsys.readouterr()
+    main(["evaluate", str(path), "--json", "--mix", "blend"])
+    report = json.loads(capsys.readouterr().out)
+    assert load_recipe(report["mixed"]).get("dataset.1.data_files.train") == "text.jsonl"
+    assert launch(report["mixed"], []) == 0
+
+
+def untemplated(model: str, to: Path) -> Path:
+    shutil.copytree(model, to)
+    (to / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((to / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (to / "tokenizer_config.json").write_text(json.dumps(config))
+    return to
+
+
 def test_the_shipped_general_rows_can_all_be_read(evaluated: Callable, workdir: Path):
     (workdir / "data").symlink_to(ROOT / "data")
     words = [f"checks.forgetting.data_files={json.dumps([str(f) for f in general_files()])}"]
@@ -252,6 +316,26 @@ def test_differences_are_zero_to_itself_and_sums_over_tokens(tiny_model: Path, t
     with torch.no_grad():
         whole = model(input_ids=torch.tensor([rows[0].input_ids])).logits[0, -8:]
     torch.testing.assert_close(logits_at(model, rows[0]), whole)
+
+
+def test_a_row_of_many_logits_is_compared_in_pieces_with_the_same_sums(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    other = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    other.model.layers[0].mlp.down_proj.weight.data += 0.05
+    ids = [int(token) for token in torch.randint(3, 100, (40,), generator=torch.Generator().manual_seed(0))]
+    row = trained_row(ids, [-100] * 10 + ids[10:])
+    whole = Pair(other, model).difference([row])
+    monkeypatch.setattr("lora_recipes.model.compare.TOGETHER", 7 * model.config.vocab_size)
+    monkeypatch.setattr("lora_recipes.model.compare.BLOCK", 3)
+    parts = pieces(row, model.config.vocab_size)
+    assert [len(part.targets) for part in parts] == [7, 7, 7, 7, 2] and len(parts[0].input_ids) == 16
+    pieced = Pair(other, model).difference([row])
+    assert pieced.tokens == whole.tokens == 30 and pieced.same_top == whole.same_top
+    assert pieced.as_json() == pytest.approx(whole.as_json(), rel=1e-4)
 
 
 def test_nan_shows_in_every_measure():

@@ -184,6 +184,16 @@ def test_a_merge_that_does_not_answer_like_the_adapter_is_not_published(
     assert read_json(run_dir.parity)["passed"] is False
 
 
+def test_what_a_killed_merge_left_is_gone_after_the_next(write_recipe: Callable[..., Path]):
+    path = write_recipe()
+    trained(path)
+    left = RunDir.of("tiny").root / ".parity" / "base"
+    left.mkdir(parents=True)
+    (left / "0.safetensors").write_bytes(b"half a file")
+    assert merge(load_recipe(path))["passed"]
+    assert not list(RunDir.of("tiny").root.glob(".parity*"))
+
+
 def test_status_tells_what_is_proved_and_what_to_type_next(
     write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture
 ):
@@ -203,6 +213,10 @@ def test_status_tells_what_is_proved_and_what_to_type_next(
     assert found["gates"]["merge_parity"] is True and found["gates"]["merged_answers"] is True
     assert found["gates"]["answers"] is True and found["gates"]["improved"] is None
     assert found["verdict"] == "do not ship" and found["next"] == [f"lora-recipes evaluate {path}"]
+    weights = RunDir.of("tiny").adapter / "adapter_model.safetensors"
+    save_file({name: 2 * value for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    found = status()  # trained again, so to speak: what was merged is of another adapter
+    assert found["gates"]["merge_parity"] is None and found["next"][0].endswith(f"lora-recipes merge {path}")
 
 
 def test_the_dequantized_base_is_quantized_from_the_type_it_was_trained_in(write_recipe: Callable[..., Path]):

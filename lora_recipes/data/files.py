@@ -116,13 +116,18 @@ def local_files(source: Source, split: str) -> list[DataFile]:
     return [DataFile(path, _kind(source, path)) for path in dict.fromkeys(paths)]
 
 
+def kind_of(path: Path) -> str | None:
+    """The reader that a file's ending names, whether it is compressed or not; None for an unknown one."""
+    return KINDS.get(_suffix(path))
+
+
 def _kind(source: Source, path: Path) -> str:
     """The reader that the recipe names, or in a folder the one that the file's ending names."""
     if source.keys["path"] in LOCAL_BUILDERS:
         return source.keys["path"]
-    if _suffix(path) not in KINDS:
+    if (kind := kind_of(path)) is None:
         raise DataError(f"{source.where('data_files')}: {path} is of no known kind; known endings: {', '.join(KINDS)}")
-    return KINDS[_suffix(path)]
+    return kind
 
 
 def _matching(source: Source, folder: Path, pattern: str) -> list[Path]:

@@ -1,7 +1,7 @@
 """What a trained model is asked: the held-out rows without their last answer, and the recipe's own prompts."""
 
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from lora_recipes.data.formats import SPEAKER, BadRow, Conversation, Message, marked_messages
@@ -43,8 +43,12 @@ class DialogueForm:
     turns: frozenset[str]
 
 
-def questions(data: LoadedData) -> list[Question]:
-    """`generation.prompts`, then `checks.prompts`, then up to `generation.max_rows` held-out rows in file order."""
+def questions(data: LoadedData, at_most: int | None = None) -> list[Question]:
+    """`generation.prompts`, then `checks.prompts`, then up to `generation.max_rows` held-out rows in file order.
+
+    Args:
+        at_most: how many; unset: all of them.
+    """
     recipe, first = data.recipe, data.sources[0]
     asked = [_from_prompt(prompt, first) for prompt in recipe.get("generation.prompts", [])]
     for entry in recipe.get("checks.prompts", []):
@@ -56,7 +60,8 @@ def questions(data: LoadedData) -> list[Question]:
         if held.heldout is not None
         for conversation in used_rows(held.heldout, limit)
     )
-    return asked + list(islice((question for question in rows if question), limit))
+    heldout = islice((question for question in rows if question), limit)
+    return list(islice(chain(asked, heldout), at_most))
 
 
 def _from_prompt(prompt: str, rows: SourceRows) -> Question:

@@ -17,7 +17,7 @@ from lora_recipes.evaluate.forgetting import MAX_KL, MAX_LOSS_INCREASE, General,
 from lora_recipes.evaluate.tasks import run_tasks
 from lora_recipes.model.adapted import attach_adapter
 from lora_recipes.model.build import load_base, load_merged
-from lora_recipes.model.compare import Difference, Row, logits_at, trained_row
+from lora_recipes.model.compare import Difference, Row, logits_at, pieces, trained_row
 from lora_recipes.model.machine import choose
 from lora_recipes.model.source import locate, materialise
 from lora_recipes.recipe import Recipe
@@ -38,7 +38,8 @@ class Pair:
     def difference(self, rows: Iterable[Row]) -> Difference:
         """KL(base ‖ trained) and the loss of both, summed over the tokens of all rows."""
         found = Difference()
-        for row in rows:
+        vocabulary = self.trained.config.get_text_config().vocab_size
+        for row in (piece for whole in rows for piece in pieces(whole, vocabulary)):
             after = logits_at(self.trained, row)
             with self.before() as base:
                 before = logits_at(base, row)
@@ -105,7 +106,7 @@ def evaluate(
         report["tasks"] = run_tasks(pair, opened.tokenizer, tasks, include_path)
         write_json(run_dir.evaluation, report)
     if mix is not None:
-        report["mixed"] = str(write_mix(recipe, mix, data))
+        report["mixed"] = str(write_mix(recipe, mix, opened, next(part.file for part in general if part.rows)))
     told = verdict(recipe, run_dir)
     report |= {"gates": told["gates"], "verdict": told["verdict"]}
     _show(report, recipe)

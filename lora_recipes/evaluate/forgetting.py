@@ -7,12 +7,14 @@ from typing import Any
 import numpy
 from transformers import PreTrainedTokenizerBase
 
+from lora_recipes.data.files import KINDS, kind_of
 from lora_recipes.data.forms import settings_of_all
 from lora_recipes.data.load import LoadedData, load_data
 from lora_recipes.errors import RunError
 from lora_recipes.model.compare import Row, trained_row
 from lora_recipes.recipe import Recipe
 
+KEY = "checks.forgetting.data_files"
 SHIPPED = ("data/general/chat.jsonl", "data/general/text.jsonl")
 MAX_ROWS = 100  # of each file
 MAX_LENGTH = 512  # tokens of a row that are looked at
@@ -45,17 +47,17 @@ def general_rows(
         data: the run's own rows.
 
     Raises:
-        RunError: no such file, or not a row that the run did not train on.
+        RunError: no such file, one of an unknown kind, or not a row that the run did not train on.
     """
-    wanted = recipe.get("checks.forgetting.data_files", SHIPPED)
+    wanted = recipe.get(KEY, SHIPPED)
     files = [wanted] if isinstance(wanted, str) else list(wanted)
     seen = numpy.concatenate([rows.train.stat("hash") for rows in data.sources])
     found = []
     for file in files:
         if not Path(file).is_file():
             raise RunError(
-                f"{recipe.path}: no file {file} to measure forgetting on; run from the folder that holds data/general, or "
-                "name rows of your own: checks.forgetting.data_files=general.jsonl"
+                f"{recipe.where(KEY)}: no file {file} to measure forgetting on; run from the folder that holds data/general, "
+                f"or name rows of your own: {KEY}=general.jsonl"
             )
         if (general := _read(file, recipe, tokenizer, ends, seen)) is not None:
             found.append(general)
@@ -64,18 +66,29 @@ def general_rows(
     return found
 
 
-def _read(file: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ends: list[int], seen: Any) -> General | None:
-    """The rows of one file; None where they are conversations and the model has no template for any."""
-    source = {
-        "path": Path(file).suffix.lstrip(".").replace("jsonl", "json"),
+def general_source(file: str, recipe: Recipe, split: str) -> dict[str, Any]:
+    """The `dataset` section that reads a file of general rows: what this model cannot read is left out, not an error.
+
+    Raises:
+        RunError: the file's ending is of no known kind.
+    """
+    kind = kind_of(Path(file))
+    if kind is None:
+        raise RunError(f"{recipe.where(KEY)}: {file} is of no known kind; known endings: {', '.join(KINDS)}")
+    return {
+        "path": kind,
         "data_files": {"train": file},
-        "split": "train",
+        "split": split,
         "bad_rows": "skip",
         "truncation": "keep_start",
         "control_tokens": "escape",
     }
+
+
+def _read(file: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ends: list[int], seen: Any) -> General | None:
+    """The rows of one file; None where they are conversations and the model has no template for any."""
     changes = {
-        "dataset": source,
+        "dataset": general_source(file, recipe, "train"),
         "training.max_length": MAX_LENGTH,
         "training.packing": False,
         "training.dataset_text_field": "text",

@@ -1,7 +1,6 @@
 """Merges the adapter into a plain model, shard by shard, and publishes it only when it answers like the adapter."""
 
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from lora_recipes.model.build import (
     model_config,
 )
 from lora_recipes.model.compare import record, recorded_differences
+from lora_recipes.model.files import model_folder
 from lora_recipes.model.folder import require_publishable, write_sums
 from lora_recipes.model.identity import base_of, write_provenance
 from lora_recipes.model.machine import Choices, choose, memory_available
@@ -40,6 +40,7 @@ from lora_recipes.trained import as_trained, require_own_adapter, require_same_a
 
 MUCH_ROUNDED = 0.1  # of the adapter's change; what the merge type then loses is worth a word
 BASES = ("original", "dequantized")
+SCRATCH = ".parity"  # in the run folder: logits of the models that are compared
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,24 @@ def merge(
     lock.acquire(wait=False)
     try:
         job = _settle(recipe, run_dir, force, adapters or [], method)
-        with tempfile.TemporaryDirectory(prefix=".parity-", dir=run_dir.root) as folder:
-            report = _merged(job, Path(folder), started)
+        report = _merged(job, _emptied(run_dir.root / SCRATCH), started)
     finally:
+        shutil.rmtree(run_dir.root / SCRATCH, ignore_errors=True)
         lock.release()
     _show(report, run_dir)
+    if adapters:
+        console.say(
+            "This model is of several adapters; what `evaluate` and `generate` measured is of the run's own, so `status` will "
+            "not say ship."
+        )
     return report
+
+
+def _emptied(folder: Path) -> Path:
+    """A folder for this merge alone. One of its name was left by a merge that was killed: the run folder is locked."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
 
 
 def _require_mergeable(recipe: Recipe, run_dir: RunDir, adapters: list[str]) -> None:
@@ -271,7 +284,7 @@ def _write_rest(job: _Job, staging: Path) -> None:
     model.generation_config.save_pretrained(staging)
     job.tokenizer.save_pretrained(staging)
     if getattr(model.config, "auto_map", None):
-        for file in Path(job.source.location).glob("*.py"):
+        for file in model_folder(job.recipe, job.source).glob("*.py"):
             shutil.copy(file, staging)
 
 

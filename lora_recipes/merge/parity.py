@@ -3,10 +3,13 @@
 import multiprocessing
 import resource
 import sys
+from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import active_children
 from pathlib import Path
+from signal import SIGKILL
 from typing import Any
 
 import torch
@@ -62,7 +65,7 @@ class Asked:
 
 def to_ask(data: LoadedData, tokenizer: PreTrainedTokenizerBase, greedy: GenerationConfig) -> Asked:
     """The recipe's prompts, and rows that it held out; rows it trained on where it held out none."""
-    found = [question.input_ids for question in questions(data)[:PROMPTS]]
+    found = [question.input_ids for question in questions(data, PROMPTS)]
     prompts = found or [tokenizer(text)["input_ids"] for text in FALLBACK_PROMPTS]
     taken = data.heldout() or data.train()
     kept = [trained_row(row["input_ids"], row["labels"], TOKENS) for row in taken.take(ROWS)]
@@ -136,19 +139,40 @@ def prove(proof: Proof) -> dict[str, Any]:
         RefusedError: a file is not what was written, the template is another, or the end tokens are lost.
         MachineError: the process was killed, which the system does when memory runs out.
     """
+    return in_fresh_process(_reloaded, proof, proof.folder)
+
+
+def in_fresh_process(work: Callable[[Any], Any], argument: Any, folder: Path) -> Any:
+    """What `work` returns or raises in a process of its own.
+
+    Args:
+        folder: what is looked at there, for the message.
+
+    Raises:
+        MachineError: the process was killed.
+        RuntimeError: it ended in another way before it answered, which is a bug.
+    """
+    others = active_children()
     with fresh_process() as fresh:
+        answer = fresh.submit(work, argument)
+        started = [child for child in active_children() if child not in others]
         try:
-            return fresh.submit(_reloaded, proof).result()
-        except BrokenProcessPool:
-            raise MachineError(
-                f"{proof.folder}: the process that reloaded the merged model died before it answered: killed for memory, or "
-                "of the error above. What was merged is kept: run merge again, with more memory, or set merge.proof=weights"
-            ) from None
+            return answer.result()
+        except BrokenProcessPool as error:
+            for child in started:
+                child.join()
+            if -SIGKILL in [child.exitcode for child in started]:
+                raise MachineError(
+                    f"{folder}: the process that reloaded the merged model was killed, as the system does when memory runs "
+                    "out. What was merged is kept: run merge again, with more memory, or set merge.proof=weights"
+                ) from None
+            raise RuntimeError(f"the process that reloaded {folder} ended before it answered, see above") from error
 
 
 def _reloaded(proof: Proof) -> dict[str, Any]:
     require_sums(proof.folder, proof.sha256)
-    tokenizer = AutoTokenizer.from_pretrained(proof.folder)
+    code = {"trust_remote_code": True} if proof.recipe.get("model.trust_remote_code") else {}
+    tokenizer = AutoTokenizer.from_pretrained(proof.folder, **code)
     _require_template(proof, tokenizer)
     _require_ends(proof, tokenizer)
     found: dict[str, Any] = {"template_rows": len(proof.samples), "behaviour": {}}

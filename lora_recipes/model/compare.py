@@ -14,6 +14,8 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel
 
 IGNORED = -100  # PyTorch's cross entropy ignore_index
+TOGETHER = 2**28  # logits of a row that are kept at a time: 1 GiB in float32
+BLOCK = 128  # positions that are compared at a time, each step of which needs a tensor of the logits' size
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,24 @@ def trained_row(input_ids: Sequence[int], labels: Sequence[int], last: int | Non
     return Row(list(input_ids), [place - 1 for place in places], [input_ids[place] for place in places])
 
 
+def pieces(row: Row, vocabulary: int) -> list[Row]:
+    """The row in pieces whose logits fit into memory; one, unless it is long and the vocabulary wide.
+
+    A piece ends where it is looked at last, for a causal model sees nothing behind that: reading the start of the row again
+    costs less than it would to read all of it.
+    """
+    count = max(1, TOGETHER // vocabulary)
+    parts = [slice(first, first + count) for first in range(0, len(row.positions), count)]
+    if len(parts) == 1:
+        return [row]
+    return [Row(row.input_ids[: row.positions[part][-1] + 1], row.positions[part], row.targets[part]) for part in parts]
+
+
 def logits_at(model: PreTrainedModel | PeftModel, row: Row) -> torch.Tensor:
     """[positions, vocabulary], float32, on the CPU. The head is asked at these positions alone where it can be."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     ids = torch.tensor([row.input_ids], device=model.device)
-    places = torch.tensor(row.positions, device=model.device)
+    places = torch.tensor(row.positions)  # on the CPU: it then fits a head on any GPU
     asks = "logits_to_keep" in inspect.signature(base.forward).parameters
     keywords: dict[str, Any] = {"logits_to_keep": places} if asks else {}
     with torch.no_grad():
@@ -96,7 +111,11 @@ class Difference:
             targets: tokens that follow, for the loss; may be empty.
         """
         wide = min(reference.shape[-1], logits.shape[-1])  # a resized vocabulary has rows that the other lacks
-        reference, logits = reference[:, :wide], logits[:, :wide]
+        for first in range(0, len(logits), BLOCK):
+            block = slice(first, first + BLOCK)
+            self._add(reference[block, :wide], logits[block, :wide], targets[block])
+
+    def _add(self, reference: torch.Tensor, logits: torch.Tensor, targets: Sequence[int]) -> None:
         distance = (reference - logits).abs()
         self.tokens += len(logits)
         self.values += logits.numel()

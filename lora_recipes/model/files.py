@@ -59,6 +59,16 @@ def model_folder(recipe: Recipe, source: Source, kind: str = "safetensors") -> P
     return folder
 
 
+def commit_of(recipe: Recipe, source: Source) -> str:
+    """The commit of a hub model that is in the cache: its files lie in `snapshots/COMMIT`.
+
+    Raises:
+        MachineError: as `model_folder`.
+    """
+    inner = Path(recipe.get("model.subfolder", ""))
+    return model_folder(recipe, source).parts[-1 - len(inner.parts)]
+
+
 def weight_files(recipe: Recipe, source: Source) -> list[Path]:
     """The files that from_pretrained loads, by name; [] for a folder without weights.
 

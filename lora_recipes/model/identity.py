@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_recipes.errors import RefusedError
-from lora_recipes.model.files import weight_files
+from lora_recipes.model.files import commit_of, weight_files
 from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import cache_folder, file_sha256, read_json, write_json
@@ -20,6 +20,7 @@ class Base:
     """A model as an adapter knows it.
 
     Attributes:
+        revision: of a hub model the commit, whatever branch or tag the recipe names.
         name: hub id, `package:NAME`, or the folder as the recipe names it; never an absolute path.
         weights_sha256: of the names and sha256 of all weight files; two models with the same hash have the same weights.
     """
@@ -31,7 +32,8 @@ class Base:
 
 def base_of(recipe: Recipe, source: Source) -> Base:
     """The recipe's base, whose weights are on this machine."""
-    return Base(portable(source.named), recipe.get("model.revision"), weights_sha256(recipe, source))
+    revision = commit_of(recipe, source) if source.kind == "hub" else recipe.get("model.revision")
+    return Base(portable(source.named), revision, weights_sha256(recipe, source))
 
 
 def portable(named: str) -> str:

@@ -17,14 +17,19 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe. `values` maps a section to its keys; `origins` maps `section.key` to where it was set."""
+    """A checked recipe. `values` maps a section to its keys; `origins` maps `section.key` to where it was set.
+
+    Attributes:
+        overrides: the `section.key=value` words that are in `values` and not in the file.
+    """
 
     path: Path
     values: Mapping[str, Any]
     origins: Mapping[str, Origin]
+    overrides: tuple[str, ...] = ()
 
     def __reduce__(self) -> Any:  # mapping proxies cannot be pickled, and data loader workers need a recipe
-        return _unpickled, (self.path, self.plain(), dict(self.origins))
+        return _unpickled, (self.path, self.plain(), dict(self.origins), self.overrides)
 
     @property
     def name(self) -> str:
@@ -73,7 +78,7 @@ class Recipe:
             section[last] = value
             if not path and value is None:
                 del section[last]
-        return Recipe(self.path, _freeze(plain), self.origins)
+        return Recipe(self.path, _freeze(plain), self.origins, self.overrides)
 
     def plain(self) -> dict[str, Any]:
         """The resolved recipe as plain dicts, lists and scalars."""
@@ -102,7 +107,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     problems += problems_in(root, str(path))
     if problems:
         raise InvalidRecipe(in_place_order(problems))
-    return _recipe(path, root)
+    return _recipe(path, root, overrides)
 
 
 def name_problems(path: Path) -> list[Problem]:
@@ -220,13 +225,13 @@ def _drop_null_sections(root: Node) -> Node:
     return Node(kept, root.origin, root.key)
 
 
-def _recipe(path: Path, root: Node) -> Recipe:
+def _recipe(path: Path, root: Node, overrides: Sequence[str]) -> Recipe:
     origins = {key: node.key for key, node in root.entries()}
-    return Recipe(path, _freeze(root.plain()), MappingProxyType(origins))
+    return Recipe(path, _freeze(root.plain()), MappingProxyType(origins), tuple(overrides))
 
 
-def _unpickled(path: Path, values: dict[str, Any], origins: dict[str, Origin]) -> Recipe:
-    return Recipe(path, _freeze(values), MappingProxyType(origins))
+def _unpickled(path: Path, values: dict[str, Any], origins: dict[str, Origin], overrides: tuple[str, ...]) -> Recipe:
+    return Recipe(path, _freeze(values), MappingProxyType(origins), overrides)
 
 
 def _freeze(value: Any) -> Any:

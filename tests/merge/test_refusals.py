@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_recipes.errors import EXIT_REFUSED, EXIT_USER, LoraRecipesError, RefusedError
+from lora_recipes.errors import EXIT_REFUSED, EXIT_USER, LoraRecipesError, MachineError, RefusedError
 from lora_recipes.merge import layout
 from lora_recipes.merge.checkpoint import DTYPES, INDEX, Files, checkpoint_of, read_checkpoint, read_header
+from lora_recipes.merge.parity import in_fresh_process
 from lora_recipes.merge.weights import write_weights
 from lora_recipes.model.folder import require_sums
+from lora_recipes.model.identity import base_of
 from lora_recipes.model.source import Source
 from tests.merge.toys import WHOLE, edit, make_adapter, make_base, plan, recipe_on, require_same, streamed
 
@@ -321,3 +324,18 @@ def test_a_snapshot_of_the_hub_is_links_into_its_cache(tmp_path: Path, monkeypat
     found = checkpoint_of(recipe, Source("hub", "someone/toy", "someone/toy"))
     assert found.folder == snapshot
     assert found.tensors.keys() == read_checkpoint(base).tensors.keys()
+    named = base_of(recipe, Source("hub", "someone/toy", "someone/toy"))
+    assert (named.name, named.revision) == ("someone/toy", commit)  # a branch moves, a commit does not
+
+
+def test_a_proof_that_is_killed_is_told_from_one_that_ends_by_a_bug(tmp_path: Path):
+    with pytest.raises(MachineError, match="was killed"):
+        in_fresh_process(signal.raise_signal, signal.SIGKILL, tmp_path)
+    with pytest.raises(RuntimeError, match="ended before it answered"):
+        in_fresh_process(os._exit, 7, tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        in_fresh_process(divmod_by_zero, 1, tmp_path)
+
+
+def divmod_by_zero(number: int) -> float:
+    return number / 0
