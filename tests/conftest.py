@@ -110,7 +110,7 @@ def tiny_recipe(model: str, data: dict[str, str]) -> dict[str, Any]:
             "logging_steps": 1,
             "activation_checkpointing": False,
             "assistant_only_loss": True,
-            "bf16": True,
+            "bf16": False,
             "save_strategy": "no",
             "disable_tqdm": True,
         },

@@ -33,6 +33,7 @@ QUICK = {
     "training.learning_rate": 0.01,  # two steps must move every tensor by more than rounding
     "training.warmup_steps": 0,
     "training.save_strategy": "no",
+    "training.bf16": "false",  # a CPU with AMX would train in it
     "training.disable_tqdm": "true",
     "generation.max_new_tokens": 4,
     "checks.min_stopped": 0,

@@ -65,6 +65,11 @@ def this_gpu() -> Gpu:
     return Gpu(torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False))
 
 
+def multiplies_bf16() -> bool:
+    """Whether this CPU has matrix units for bf16 (AMX); one without computes bf16 at half the speed of float32."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
 def on_cpu(recipe: Recipe) -> bool:
     """Whether a run of this recipe computes on the CPU."""
     return bool(recipe.get("training.use_cpu")) or not has_gpu()
@@ -112,15 +117,17 @@ def _choose_for_cpu(recipe: Recipe, choices: Choices, to_train: bool) -> None:
             f"{recipe.where('training.fp16')}: fp16 training needs a GPU, and none is used here ({why}). "
             "Set training.fp16=false (float32), or run on a machine with a GPU"
         )
-    if training.get("bf16") and not asked:
-        training["bf16"] = False
-        why = "bf16 is for GPUs; float32 is the faster type on a CPU without AMX (training.use_cpu=true keeps bf16)"
-        choices.made.append(Choice("dtype", "float32 instead of bf16", why))
-    elif not training.get("bf16"):
+    if not training.get("bf16"):
         training["bf16"] = False  # SFTConfig's own default is true and needs a GPU
         choices.made.append(Choice("dtype", "float32", "the recipe does not ask for bf16"))
-    else:
+    elif multiplies_bf16():
+        choices.made.append(Choice("dtype", "bf16 autocast", "training.bf16 is true, and this CPU has AMX"))
+    elif asked:
         choices.made.append(Choice("dtype", "bf16 autocast", "training.bf16 and training.use_cpu are both true"))
+    else:
+        training["bf16"] = False
+        why = "float32 is the faster type on a CPU without AMX (training.use_cpu=true keeps bf16)"
+        choices.made.append(Choice("dtype", "float32 instead of bf16", why))
     if not training["bf16"] and choices.quantization.get("bnb_4bit_compute_dtype") in ("bfloat16", "float16"):
         choices.quantization["bnb_4bit_compute_dtype"] = "float32"
         choices.made.append(Choice("4-bit compute dtype", "float32", "it follows the training dtype"))

@@ -8,6 +8,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from lora_recipes.model.machine import choose
+from lora_recipes.model.pieces import largest_piece
+from lora_recipes.model.precision import cast_frozen
 from lora_recipes.model.targets import expert_weights
 from lora_recipes.plan.architecture import adapt, base_dtype, base_on_meta, layers_of, quantizable, set_adapter_dtype
 from lora_recipes.plan.cards import Target
@@ -68,6 +70,9 @@ class Estimate:
         model = adapt(recipe, base)
         self.bf16 = training.get("bf16") is not False and not training.get("fp16")  # unset and null mean true
         set_adapter_dtype(recipe, model, quantized=quantized, bf16=self.bf16)
+        # What is loaded in float32 and cast then, in bytes.
+        self.cast = 0 if target.gpu or not self.bf16 else cast_frozen(model)
+        self.weights["kept"] -= self.cast
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         embeddings = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
         self._wide = {id(parameter) for module in embeddings for parameter in module.parameters()}
@@ -107,11 +112,11 @@ class Estimate:
         """The recipe's own micro-batch, all rows as long as they may be."""
         training = self.choices.training
         compute = torch.bfloat16 if self.bf16 or training.get("fp16") else None
-        packed = bool(training.get("packing") or training.get("padding_free"))
-        rows = 1 if packed else self.rows
+        packed = bool(training.get("packing") or training.get("padding_free")) and self.target.gpu is not None
+        rows, length = self._held(self.rows, packed)
         return Step(
             rows=rows,
-            length=self.length * (self.rows if packed else 1),
+            length=length,
             device="cuda" if self.target.gpu else "cpu",
             autocast=compute,
             checkpointing=dict(training.get("activation_checkpointing_kwargs") or {})
@@ -208,9 +213,14 @@ class Estimate:
     def with_rows(self, rows: int) -> Step:
         """The recipe's step with another number of rows in a micro-batch."""
         step = self.step()
-        if step.packed:
-            return replace(step, length=self.length * rows)
-        return replace(step, rows=rows, padded=self.target.gpu is not None and rows > 1)
+        rows, length = self._held(rows, step.packed)
+        return replace(step, rows=rows, length=length, padded=self.target.gpu is not None and rows > 1)
+
+    def _held(self, rows: int, packed: bool) -> tuple[int, int]:
+        """(rows, tokens) that a micro-batch is computed in: one row of all where it is packed, on a CPU a piece of it."""
+        if self.target.gpu is None:
+            return largest_piece(rows, self.length)
+        return (1, self.length * rows) if packed else (rows, self.length)
 
     def _certain(self) -> dict[str, int]:
         """Bytes of weights, adapter, gradients and states on one device of however many."""
@@ -277,9 +287,10 @@ class Estimate:
         return {}
 
     def _loading(self) -> int:
-        """What a CPU holds while weights are quantized: the mapped file, and what is made of it (benchmarks/memory.py)."""
+        """What a CPU holds before weights are in the type they are trained in: float32 ones that are cast; or where they are
+        quantized the mapped file, and what is made of it (benchmarks/memory.py)."""
         if self.target.gpu or not self.weights["quantized"]:
-            return 0
+            return max(0, self.cast) and sum(self.weights.values()) + self.cast
         stored = getattr(torch, str(self.config.dtype or torch.float32).removeprefix("torch."))
         return self.base_parameters * stored.itemsize + self.weights["quantized"]
 

@@ -16,7 +16,9 @@ UNPROBED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEG
 
 
 class LongestFirst(TrainerCallback):
-    """One forward and backward on the longest micro-batch before the first step, of which nothing stays.
+    """One forward and backward on the longest rows before the first step, of which nothing stays.
+
+    On a GPU these are a micro-batch; on a CPU the largest piece that one is computed in.
 
     Gradients are dropped, the random state and TRL's counters are put back: the run is the one it would have been. The
     optimizer's states do not exist yet, so what the probe leaves room for must hold them: twice the adapter.
@@ -45,7 +47,7 @@ class LongestFirst(TrainerCallback):
         devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
         trainer.model_wrapped.train()
         with torch.random.fork_rng(devices=devices):
-            inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+            inputs = trainer._prepare_inputs(trainer.largest_piece(trainer.data_collator(rows)))
             with trainer.compute_loss_context_manager():
                 count = (inputs["labels"][:, 1:] >= 0).sum()
                 loss = trainer.compute_loss(trainer.model_wrapped, inputs, num_items_in_batch=count)

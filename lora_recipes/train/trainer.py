@@ -1,7 +1,8 @@
-"""One `SFTTrainer` out of the recipe's sections, and the loss path that suits a CPU."""
+"""One `SFTTrainer` out of the recipe's sections, and the steps and loss that suit a CPU."""
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from lora_recipes.model.initialise import (
     starting_config,
 )
 from lora_recipes.model.machine import Choice, Choices
+from lora_recipes.model.pieces import pieces
+from lora_recipes.model.precision import cast_frozen
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir
 from lora_recipes.train.optimizers import OPTIMIZER_KEYS, adapter_optimizer, freeze_what_never_moves
@@ -36,15 +39,17 @@ CONSUMED = ("assistant_only_loss", "completion_only_loss", "dataset_text_field",
 
 
 class RecipeTrainer(SFTTrainer):
-    """SFTTrainer, with a loss that on a CPU scores no masked position, and PEFT's optimizers.
+    """SFTTrainer, with steps that on a CPU compute no padding and score no masked position, and PEFT's optimizers.
 
     Attributes:
-        batch_shape: of the last micro-batch.
+        batch_shape: of what was computed last: a micro-batch, or a piece of one.
         optimizer_settings: the recipe's own keys for LoRA+ or LoRA-FA.
     """
 
     batch_shape: tuple[int, ...] | None = None
     optimizer_settings: Mapping[str, Any] = {}
+    _pieces = 1  # of the micro-batch, that are still to come
+    _seen: torch.Tensor | int = 0  # of its pieces so far: correct predictions, scored tokens, tokens
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
         """PEFT's optimizer where the recipe asks for LoRA+ or LoRA-FA, else the Trainer's."""
@@ -58,6 +63,30 @@ class RecipeTrainer(SFTTrainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         self.batch_shape = tuple(inputs["input_ids"].shape)
         return super()._prepare_inputs(inputs)
+
+    def largest_piece(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Of what `training_step` makes of a micro-batch, the piece that takes most memory: all of it, unless on a CPU."""
+        if not self._suits_cpu_loss():
+            return inputs
+        return max(pieces(inputs), key=lambda piece: piece["input_ids"].numel())
+
+    def training_step(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """The Trainer's step; on a CPU once for each piece of the micro-batch, whose gradients add up to the same."""
+        if num_items_in_batch is None or not self._suits_cpu_loss():
+            return super().training_step(model, inputs, num_items_in_batch)
+        cut = pieces(inputs)
+        self._pieces = len(cut)
+        losses = []
+        for number, piece in enumerate(cut, start=1):
+            # Gradients of other ranks are waited for once a micro-batch.
+            with nullcontext() if number == len(cut) else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, piece, num_items_in_batch))
+        return torch.stack(losses).sum()
 
     def compute_loss(
         self,
@@ -97,12 +126,17 @@ class RecipeTrainer(SFTTrainer):
         return self.args.device.type == "cpu" and self.label_smoother is None and not self.aux_loss_enabled
 
     def _count(self, training: bool, inputs: dict[str, torch.Tensor], correct: torch.Tensor) -> None:
-        """The metrics that TRL logs, summed over ranks as TRL does."""
+        """The metrics that TRL logs, once a micro-batch, summed over its pieces and over ranks as TRL does."""
         mode = "train" if training else "eval"
         tokens = (
             inputs["attention_mask"].sum() if "attention_mask" in inputs else torch.tensor(inputs["input_ids"].numel())
         )
-        sums = self.accelerator.reduce(torch.stack([correct.sum(), torch.tensor(correct.numel()), tokens]))
+        self._seen = self._seen + torch.stack([correct.sum(), torch.tensor(correct.numel()), tokens])
+        self._pieces -= 1
+        if self._pieces > 0:
+            return
+        sums = self.accelerator.reduce(self._seen)
+        self._pieces, self._seen = 1, 0
         self._metrics[mode]["mean_token_accuracy"].append((sums[0] / sums[1].clamp(min=1)).item())
         if training:
             self._total_train_tokens += int(sums[2])
@@ -153,6 +187,8 @@ def build_trainer(
         else:
             go_on(trainer.model, recipe, last)
         set_seed(args.seed)  # from here on a run that begins and one that goes on draw the same numbers
+    if trainer.args.bf16 and trainer.args.device.type == "cpu" and cast_frozen(trainer.model):
+        choices.made.append(Choice("frozen weights", "bf16", "autocast would cast them anew in every forward"))
     trainer.optimizer_settings = {key: choices.training[key] for key in OPTIMIZER_KEYS if choices.training.get(key)}
     freeze_what_never_moves(trainer.model, recipe, trainer.optimizer_settings)
     return trainer
