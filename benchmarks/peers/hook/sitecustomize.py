@@ -99,7 +99,9 @@ def stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
         "dtype": seen.dtype,
         "threads": torch.get_num_threads(),
         "learning_rate": float(optimizer.param_groups[0]["lr"]),
-        "trainable": sum(weight.numel() for group in optimizer.param_groups for weight in group["params"]),
+        "trainable": sum(
+            weight.numel() for group in optimizer.param_groups for weight in group["params"] if weight.requires_grad
+        ),
     }
     with Path(TRACE).open("a") as stream:
         stream.write(json.dumps(line) + "\n")
