@@ -74,8 +74,8 @@ def measure_merge(peer: str, job: str, lab: Path, threads: int = 1) -> dict[str,
     except CannotError as reason:
         return row | {"rc": None, "reason": str(reason)}
     row |= {"wall": 0.0, "cpu": 0.0, "rss_mb": 0.0, "commands": []}
-    for command in commands:
-        took = _run(tool, place, f"{peer}-{job}-merge", command, threads, MERGE_SECONDS)
+    for number, command in enumerate(commands):
+        took = _run(tool, place, f"{peer}-{job}-merge-{number}", command, threads, MERGE_SECONDS)
         row["commands"].append(took)
         if took["rc"] != 0:
             return row | {"rc": took["rc"], "error": took["error"]}
