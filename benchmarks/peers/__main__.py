@@ -41,6 +41,10 @@ def main() -> None:
         parser.error(f"no peer {unknown[0]!r}; there are {', '.join(peers.PEERS)}")
     if args.data:
         peers.lay_out(args.lab, args.data)
+    try:
+        peers.opened(args.lab)
+    except FileNotFoundError as error:
+        parser.error(str(error))
     rows = []
     for row in rows_of(args):
         rows.append(row)

@@ -38,15 +38,14 @@ def measure(
     row: dict[str, Any] = _named(tool, place, job, threads) | {
         "asked_steps": steps,
         "schedule": schedule,
-        "checkpointing": checkpointing,
+        "checkpointing": tool.checkpointing if checkpointing is None else checkpointing,
         "differs": tool.differs,
     }
     shutil.rmtree(place.out(peer, job), ignore_errors=True)
     try:
-        command = tool.train(place, asked)
+        took = _run(tool, place, f"{peer}-{job}", tool.train(place, asked), threads, timeout, trace=True)
     except CannotError as reason:
         return row | {"rc": None, "reason": str(reason)}
-    took = _run(tool, place, f"{peer}-{job}", command, threads, timeout, trace=True)
     if took["rc"] == 0 and took.get("steps") != steps:
         took |= {"rc": "steps", "error": f"it made {took.get('steps', 0)} steps of {steps}"}
     return row | took
@@ -55,8 +54,11 @@ def measure(
 def measure_help(peer: str, lab: Path, threads: int = 1) -> dict[str, Any]:
     """What a tool takes to say how its training command is used."""
     tool, place = PEERS[peer], opened(lab)
-    took = _run(tool, place, f"{peer}-help", tool.help(place), threads, HELP_SECONDS)
-    return _named(tool, place, None, threads) | took
+    row = _named(tool, place, None, threads)
+    try:
+        return row | _run(tool, place, f"{peer}-help", tool.help(place), threads, HELP_SECONDS)
+    except CannotError as reason:
+        return row | {"rc": None, "reason": str(reason)}
 
 
 def measure_merge(peer: str, job: str, lab: Path, threads: int = 1) -> dict[str, Any]:
@@ -66,21 +68,21 @@ def measure_merge(peer: str, job: str, lab: Path, threads: int = 1) -> dict[str,
     """
     tool, place = PEERS[peer], opened(lab)
     row = _named(tool, place, job, threads)
-    merged = tool.merged(place, job) if tool.merged else None
-    if merged:
-        shutil.rmtree(merged, ignore_errors=True)
+    if tool.merged is None:
+        return row | {"rc": None, "reason": "no command that merges"}
+    merged = tool.merged(place, job)
+    shutil.rmtree(merged, ignore_errors=True)
+    row |= {"wall": 0.0, "cpu": 0.0, "rss_mb": 0.0, "commands": []}
     try:
-        commands = tool.merge(place, job)
+        for number, command in enumerate(tool.merge(place, job)):
+            took = _run(tool, place, f"{peer}-{job}-merge-{number}", command, threads, MERGE_SECONDS)
+            row["commands"].append(took)
+            if took["rc"] != 0:
+                return row | {"rc": took["rc"], "error": took["error"]}
+            row |= {key: row[key] + took[key] for key in ("wall", "cpu")}
+            row["rss_mb"] = max(row["rss_mb"], took["rss_mb"])
     except CannotError as reason:
         return row | {"rc": None, "reason": str(reason)}
-    row |= {"wall": 0.0, "cpu": 0.0, "rss_mb": 0.0, "commands": []}
-    for number, command in enumerate(commands):
-        took = _run(tool, place, f"{peer}-{job}-merge-{number}", command, threads, MERGE_SECONDS)
-        row["commands"].append(took)
-        if took["rc"] != 0:
-            return row | {"rc": took["rc"], "error": took["error"]}
-        row |= {key: row[key] + took[key] for key in ("wall", "cpu")} | {"rss_mb": max(row["rss_mb"], took["rss_mb"])}
-    assert merged
     loadable = (merged / "config.json").is_file() and any(merged.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in merged.rglob("*") if file.is_file())
     shutil.rmtree(merged)
@@ -146,7 +148,7 @@ def _run(
     tool: Peer, lab: Lab, name: str, command: Command, threads: int, timeout: float, trace: bool = False
 ) -> dict[str, Any]:
     if not (lab.venv(tool.name) / "installed.json").is_file():
-        return {"rc": None, "reason": "not installed", "error": ""}
+        raise CannotError("not installed")
     return measured(
         command.words,
         lab,

@@ -22,7 +22,7 @@ class Job:
     name: str  # one of TARGETS
     steps: int
     schedule: str = "constant"  # or "linear"
-    checkpointing: bool | None = None  # unset: off, or what the tool does by default where its row says so
+    checkpointing: bool | None = None  # of activations; unset: as the tool's `Peer` says
     rank: int = 16
     alpha: int = 32
     max_length: int = 512
@@ -55,10 +55,11 @@ class Peer:
     pip: tuple[tuple[str, ...], ...]  # the words of one `pip install` after another
     help: Callable[[Lab], Command]
     train: Callable[[Lab, Job], Command]
-    merge: Callable[[Lab, str], list[Command]]  # raises CannotError
-    merged: Callable[[Lab, str], Path] | None  # the folder a merge writes
     adapter: Callable[[Lab, str], Path]  # a folder in PEFT's format; raises CannotError
+    merge: Callable[[Lab, str], list[Command]] = lambda lab, job: []
+    merged: Callable[[Lab, str], Path] | None = None  # the folder that a merge writes; unset: it has no such command
     prepare: Callable[[Lab], list[Command]] = lambda lab: []  # once, after it was installed
+    checkpointing: bool = False  # of activations, where the job leaves it open
     differs: str = ""  # what of the job it does another way
 
 

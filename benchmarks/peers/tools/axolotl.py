@@ -17,7 +17,6 @@ BARE = (
     "axolotl==0.19.0 axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6 hf_transfer hf_xet==1.4.3 "
     "optimum==1.16.2 trackio==0.19.0 torchao==0.17.0 openenv-core==0.1.0 triton"  # triton is imported, even without a GPU
 )
-SCHEDULES = {"constant": "constant", "linear": "linear"}
 
 
 def _train(lab: Lab, job: Job) -> Command:
@@ -49,7 +48,7 @@ def _train(lab: Lab, job: Job) -> Command:
         "max_steps": job.steps,
         "num_epochs": 1,
         "optimizer": "adamw_torch",
-        "lr_scheduler": SCHEDULES[job.schedule],
+        "lr_scheduler": job.schedule,
         "learning_rate": job.learning_rate,
         "warmup_steps": 0,
         "weight_decay": 0.0,

@@ -102,10 +102,6 @@ def _train(lab: Lab, job: Job) -> Command:
     return Command([lab.bin("torchtune", "tune"), "run", RECIPE, "--config", path])
 
 
-def _merge(lab: Lab, job: str) -> list[Command]:
-    raise CannotError("no command that merges: its recipe writes merged weights while it trains")
-
-
 def _adapter(lab: Lab, job: str) -> Path:
     return lab.out("torchtune", job) / "epoch_0"
 
@@ -117,9 +113,7 @@ PEER = Peer(
     pip=((TORCH,), ("torchtune==0.6.1", "torchao==0.11.0")),
     help=lambda lab: Command([lab.bin("torchtune", "tune"), "run", "--help"]),
     train=_train,
-    merge=_merge,
-    merged=None,
     adapter=_adapter,
     prepare=_prepare,
-    differs="no gradient clipping; a chat template of its own",
+    differs="no gradient clipping; a chat template without the system's turn; its recipe merges while it trains, if at all",
 )

@@ -3,9 +3,7 @@
 from pathlib import Path
 
 from benchmarks.peers.lab import Lab
-from benchmarks.peers.peer import SEED, TORCH, CannotError, Command, Job, Peer, write_config
-
-SCHEDULES = {"constant": "constant", "linear": "linear"}
+from benchmarks.peers.peer import SEED, TORCH, Command, Job, Peer, write_config
 
 
 def _train(lab: Lab, job: Job) -> Command:
@@ -22,7 +20,7 @@ def _train(lab: Lab, job: Job) -> Command:
         "per_device_train_batch_size": job.batch,
         "gradient_accumulation_steps": 1,
         "learning_rate": job.learning_rate,
-        "lr_scheduler_type": SCHEDULES[job.schedule],
+        "lr_scheduler_type": job.schedule,
         "max_steps": job.steps,
         "logging_steps": 1,
         "save_steps": 100_000,
@@ -32,14 +30,10 @@ def _train(lab: Lab, job: Job) -> Command:
         "use_cpu": True,
         "bf16": False,
     }
-    if job.checkpointing is not None:
+    if job.checkpointing is not None:  # else its own default, on
         config["gradient_checkpointing"] = job.checkpointing
     path = write_config(lab.made("trl") / f"{job.name}.yaml", config)
     return Command([lab.bin("trl", "trl"), "sft", "--config", path])
-
-
-def _merge(lab: Lab, job: str) -> list[Command]:
-    raise CannotError("no command that merges")
 
 
 def _adapter(lab: Lab, job: str) -> Path:
@@ -54,8 +48,6 @@ PEER = Peer(
     ),
     help=lambda lab: Command([lab.bin("trl", "trl"), "sft", "--help"]),
     train=_train,
-    merge=_merge,
-    merged=None,
     adapter=_adapter,
-    differs="gradient checkpointing at its default, on",
+    checkpointing=True,
 )
