@@ -30,9 +30,12 @@ def main() -> None:
     parser.add_argument("--install", action="store_true", help="make the environments; nothing is measured")
     parser.add_argument("--jobs", nargs="+", choices=peers.TARGETS, default=list(peers.TARGETS))
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS")
+    parser.add_argument("--cores", type=int, help="hold each training to so many; unset: all")
     parser.add_argument("--schedule", choices=("constant", "linear"), default="constant")
-    parser.add_argument("--checkpointing", choices=("on", "off"), help="unset: off; `trl sft` at its default, on")
+    parser.add_argument(
+        "--checkpointing", choices=("on", "off"), help="of activations; unset: off, and `trl sft` at its default, on"
+    )
     parser.add_argument("--only", nargs="+", choices=("help", "train", "merge", "held-out"), help="unset: all four")
     parser.add_argument("--out", type=Path, help="write the rows there too, as one JSON list")
     args = parser.parse_args()
@@ -68,7 +71,14 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for job in args.jobs:
             if "train" in wanted:
                 row = peers.measure(
-                    name, job, args.steps, lab, threads, schedule=args.schedule, checkpointing=checkpointing
+                    name,
+                    job,
+                    args.steps,
+                    lab,
+                    threads,
+                    cores=args.cores,
+                    schedule=args.schedule,
+                    checkpointing=checkpointing,
                 )
                 yield {"what": "train"} | row
                 if row["rc"] != 0:

@@ -1,6 +1,8 @@
 """Runs a command and writes what it took: a small process of its own, since a child's peak counts its parent's memory.
 
-python -I -S clock.py RESULT COMMAND...
+python -I -S clock.py RESULT CORES COMMAND...
+
+CORES is how many it may run on; 0: all.
 """
 
 import json
@@ -12,7 +14,9 @@ from pathlib import Path
 
 
 def main() -> None:
-    result, *command = sys.argv[1:]
+    result, cores, *command = sys.argv[1:]
+    if int(cores):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(cores)])
     started = time.time()
     running = subprocess.Popen(command)
     _, status, used = os.wait4(running.pid, 0)  # of the child and all that it waited for; the peak is of the largest

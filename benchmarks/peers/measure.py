@@ -24,12 +24,14 @@ def measure(
     lab: Path,
     threads: int = 1,
     *,
+    cores: int | None = None,
     schedule: str = "constant",
     checkpointing: bool | None = None,
     timeout: float = 3600,
 ) -> dict[str, Any]:
     """Train with one tool, traced; its earlier result of this job is deleted first.
 
+    `threads` is what OMP_NUM_THREADS asks for, `cores` how many the run is held to; a row has the `threads` it then took.
     Returns what was asked (`peer`, `version`, `job`, `threads` ...) with what `run.measured` and `trace.figures` give.
     A tool that failed has `rc` and `error`; one that cannot do this has `rc` None and `reason`.
     """
@@ -37,13 +39,14 @@ def measure(
     asked = Job(job, steps, schedule, checkpointing)
     row: dict[str, Any] = _named(tool, place, job, threads) | {
         "asked_steps": steps,
+        "cores": cores,
         "schedule": schedule,
         "checkpointing": tool.checkpointing if checkpointing is None else checkpointing,
         "differs": tool.differs,
     }
     shutil.rmtree(place.out(peer, job), ignore_errors=True)
     try:
-        took = _run(tool, place, f"{peer}-{job}", tool.train(place, asked), threads, timeout, trace=True)
+        took = _run(tool, place, f"{peer}-{job}", tool.train(place, asked), threads, timeout, cores, trace=True)
     except CannotError as reason:
         return row | {"rc": None, "reason": str(reason)}
     if took["rc"] == 0 and took.get("steps") != steps:
@@ -129,13 +132,25 @@ def traced(
     name: str,
     threads: int = 1,
     *,
+    cores: int | None = None,
     environment: dict[str, str] | None = None,
     cwd: Path | None = None,
     timeout: float = 3600,
 ) -> dict[str, Any]:
-    """Any command that trains, measured as the tools are; `name` is its log's in the lab."""
+    """Any command that trains, measured as the tools are; `name` is its log's in the lab.
+
+    A run of this project takes all cores that it may run on where OMP_NUM_THREADS is 1: `cores` holds it to fewer.
+    """
     return measured(
-        words, opened(lab), name, threads=threads, environment=environment, trace=True, timeout=timeout, cwd=cwd
+        words,
+        opened(lab),
+        name,
+        threads=threads,
+        cores=cores,
+        environment=environment,
+        trace=True,
+        timeout=timeout,
+        cwd=cwd,
     )
 
 
@@ -145,7 +160,14 @@ def _named(tool: Peer, lab: Lab, job: str | None, threads: int) -> dict[str, Any
 
 
 def _run(
-    tool: Peer, lab: Lab, name: str, command: Command, threads: int, timeout: float, trace: bool = False
+    tool: Peer,
+    lab: Lab,
+    name: str,
+    command: Command,
+    threads: int,
+    timeout: float,
+    cores: int | None = None,
+    trace: bool = False,
 ) -> dict[str, Any]:
     if not (lab.venv(tool.name) / "installed.json").is_file():
         raise CannotError("not installed")
@@ -154,6 +176,7 @@ def _run(
         lab,
         name,
         threads=threads,
+        cores=cores,
         environment=command.environment,
         trace=trace,
         timeout=timeout,

@@ -35,12 +35,13 @@ def measured(
     name: str,
     *,
     threads: int,
+    cores: int | None = None,
     environment: Mapping[str, str] | None = None,
     trace: bool = False,
     timeout: float = 3600,
     cwd: Path | None = None,
 ) -> dict[str, Any]:
-    """Run one command with the lab's log under a name.
+    """Run one command with the lab's log under a name, on so many of the machine's cores; unset: all.
 
     Returns `rc` ("timeout" where it was killed for that), `wall` and `cpu` seconds, `rss_mb` of its largest process, the
     machine's load before and after; traced, also what `figures` makes of the steps; after a failure, `error`: the log's
@@ -58,7 +59,8 @@ def measured(
         own = [given["PYTHONPATH"]] if given.get("PYTHONPATH") else []
         given |= {"BENCH_TRACE": str(steps), "PYTHONPATH": os.pathsep.join([str(HERE / "hook"), *own])}
     row: dict[str, Any] = {"load_before": os.getloadavg()[0]}
-    row |= _clocked([sys.executable, "-I", "-S", str(HERE / "clock.py"), str(result), *words], given, log, timeout, cwd)
+    clock = [sys.executable, "-I", "-S", str(HERE / "clock.py"), str(result), str(cores or 0)]
+    row |= _clocked([*clock, *words], given, log, timeout, cwd)
     if result.is_file():
         row |= json.loads(result.read_text(encoding="utf-8"))
     row["load_after"] = os.getloadavg()[0]
