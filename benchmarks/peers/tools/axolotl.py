@@ -15,7 +15,7 @@ PINS = (
 )
 BARE = (
     "axolotl==0.19.0 axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6 hf_transfer hf_xet==1.4.3 "
-    "optimum==1.16.2 trackio==0.19.0 torchao==0.17.0 openenv-core==0.1.0 triton"  # triton is imported, even without a GPU
+    "optimum==1.16.2 trackio==0.19.0 torchao==0.17.0 openenv-core==0.1.0 triton==3.9.0"  # triton is imported, even without a GPU
 )
 
 
