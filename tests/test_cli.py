@@ -15,6 +15,9 @@ from lora_recipes.run_dir import RunDir, write_json, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ["torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "accelerate"]
+# Heavy in themselves, or what the heavy ones bring along. The answer to `check` is a question of milliseconds.
+HEAVY += ["numpy", "pandas", "pyarrow", "scipy", "sklearn", "tokenizers", "safetensors", "huggingface_hub"]
+HEAVY += ["pydantic", "jinja2", "httpx", "requests"]
 RECIPE = """\
 model:
   pretrained_model_name_or_path: org/tiny
@@ -384,11 +387,11 @@ print("\\n" + json.dumps([name for name in json.loads(sys.argv[2]) if name in sy
 """
 
 
-def heavy_imports(program: str, commands: list[list[str]]) -> list[str]:
-    ended = python("-c", program, json.dumps(commands), json.dumps(HEAVY))
+def heavy_imports(program: str, commands: list[list[str]], names: list[str] = HEAVY) -> list[str]:
+    ended = python("-c", program, json.dumps(commands), json.dumps(names))
     assert ended.returncode == 0, ended.stderr
-    names: list[str] = json.loads(ended.stdout.splitlines()[-1])
-    return names
+    found: list[str] = json.loads(ended.stdout.splitlines()[-1])
+    return found
 
 
 def test_what_needs_no_model_imports_no_library_of_models(recipe: str, workdir: Path) -> None:
@@ -405,6 +408,11 @@ def test_what_needs_no_model_imports_no_library_of_models(recipe: str, workdir: 
     ]
     assert heavy_imports(PROBE, commands) == []
     assert (workdir / "mine.yaml").is_file()
+
+
+def test_an_answer_in_one_line_draws_nothing_and_opens_no_connection(recipe: str) -> None:
+    commands = [["--help"], ["check", recipe], ["show", recipe], ["new", recipe, "mine"]]
+    assert heavy_imports(PROBE, commands, ["rich", "asyncio", "ssl", "multiprocessing", "subprocess"]) == []
 
 
 def test_a_wrong_recipe_is_refused_before_a_library_of_models_is_imported(recipe: str) -> None:
