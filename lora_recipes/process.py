@@ -1,8 +1,11 @@
 """Settings of the whole process that must be made before torch is imported; each has its reason."""
 
+import gc
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def prepare() -> None:
@@ -19,3 +22,22 @@ def prepare() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # transformers 5.23 warns about its own use of a name that it has deprecated.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+
+
+@contextmanager
+def importing(*, alone: bool) -> Iterator[None]:
+    """Around imports of whole libraries. What they make stays, so a search for garbage among it is time lost.
+
+    Args:
+        alone: this process does one thing and ends: no later search has to look at the libraries again. Elsewhere nothing
+            is changed.
+    """
+    if not alone:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
