@@ -35,6 +35,7 @@ COMMANDS = {
 }
 PHASES = ("libraries", "prepared", "first step")  # marks of first_step/sitecustomize.py
 TRL = "trl sft"
+COLD = "python run.py, cold"
 Figures = dict[str, Any]
 
 
@@ -146,7 +147,7 @@ def _answers(place: _Place, words: list[str]) -> Iterator[Figures]:
 
 def _first_steps(place: _Place, runs: int, with_trl: bool) -> dict[str, Figures]:
     ways = _ways(place, with_trl)
-    found: dict[str, list[Figures]] = {"first run (cold)": []} | {way: [] for way in ways}
+    found: dict[str, list[Figures]] = {way: [] for way in (COLD, *ways)}
     marks = place.folder.parent / "marks.json"
 
     def first_step(words: list[str]) -> Figures:
@@ -155,7 +156,7 @@ def _first_steps(place: _Place, runs: int, with_trl: bool) -> dict[str, Figures]
 
     for _ in range(runs):
         place.empty_cache()
-        found["first run (cold)"].append(first_step(ways["python run.py"]))
+        found[COLD].append(first_step(ways["python run.py"]))
         if with_trl:
             first_step(ways[TRL])
         for way, words in ways.items():

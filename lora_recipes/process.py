@@ -6,6 +6,10 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA, either of them under WSL, AMD
+LAUNCH_CONFIG = "accelerate/default_config.yaml"  # what `accelerate config` writes, in Hugging Face's cache
 
 
 def prepare() -> None:
@@ -41,3 +45,18 @@ def importing(*, alone: bool) -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def launcher(config_file: str | None) -> list[str]:
+    """What Python is told before the name of the module that trains.
+
+    Without a GPU and without an accelerate config `accelerate launch` has nothing to set: it would import torch (a CPU
+    second or two) only to start one process, so that process is started directly.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
+    configured = config_file is not None or Path(home, LAUNCH_CONFIG).expanduser().is_file()
+    if not configured and not any(Path(device).exists() for device in GPU_DEVICES):
+        return ["-m"]
+    config = ["--config_file", config_file] if config_file is not None else []
+    return ["-m", "accelerate.commands.launch", "--quiet", *config, "--module"]

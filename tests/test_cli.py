@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lora_recipes import process
 from lora_recipes.cli import VERBS, main
 from lora_recipes.run_dir import RunDir, write_json, write_jsonl
 
@@ -373,6 +374,45 @@ def test_the_module_is_the_command(recipe: str) -> None:
     assert ended.returncode == 2
     assert ended.stderr == ""
     assert json.loads(ended.stdout)["problems"][0]["key"] == "lora.r"
+
+
+LAUNCHED = ["-m", "accelerate.commands.launch", "--quiet"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "default", "named", "words"),
+    [
+        (False, False, None, ["-m"]),
+        (True, False, None, [*LAUNCHED, "--module"]),
+        (False, True, None, [*LAUNCHED, "--module"]),
+        (False, False, "ddp.yaml", [*LAUNCHED, "--config_file", "ddp.yaml", "--module"]),
+    ],
+    ids=["nothing to launch", "a GPU", "a config in the cache", "a config that was named"],
+)
+def test_a_launcher_starts_what_has_something_to_launch(
+    gpu: bool,
+    default: bool,
+    named: str | None,
+    words: list[str],
+    recipe: str,
+    workdir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(process, "GPU_DEVICES", (str(workdir / "gpu"),))
+    monkeypatch.setenv("HF_HOME", str(workdir / "home"))
+    (workdir / "home" / "accelerate").mkdir(parents=True)
+    for wanted, file in ((gpu, "gpu"), (default, "home/accelerate/default_config.yaml")):
+        if wanted:
+            (workdir / file).touch()
+    started: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        started.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert call("train", recipe, "--resume", *(["--config_file", named] if named else [])) == 0
+    assert started == [[sys.executable, *words, "lora_recipes.train", recipe, "--resume"]]
 
 
 PROBE = """

@@ -41,7 +41,7 @@ def on_optimizer(module: ModuleType) -> None:
             json.dump(MARKS, stream)
         os._exit(0)
 
-    module.Optimizer.__init__ = init  # type: ignore[attr-defined]
+    module.Optimizer.__init__ = init
     module.register_optimizer_step_post_hook(stepped)
 
 
