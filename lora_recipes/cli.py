@@ -221,7 +221,7 @@ def train(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "outcome.json"
         ended = subprocess.run(command, check=False, env=os.environ | {OUTCOME_FILE: str(told)}, stdout=sys.stderr)
-        outcome = read_json(told) or {"exit_code": ended.returncode, "message": "the training process failed, see above"}
+        outcome = read_json(told) or {"exit_code": ended.returncode, "message": "training failed, see above"}
     if outcome["exit_code"] == EXIT_DONE:
         _emit(args, read_json(RunDir.of(recipe.name).status))
     else:
