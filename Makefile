@@ -9,7 +9,7 @@ CONFIG ?=
 VERBS := check show plan audit preview generate chat evaluate merge export push status
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test proofs lint bench-data bench-memory bench-merge bench-hot-swap bench-forgetting table schema data train new $(VERBS)
+.PHONY: help install install-dev demo test proofs lint bench-data bench-memory bench-merge bench-hot-swap bench-forgetting bench-latency table schema data train new $(VERBS)
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z$$][a-zA-Z$$()_-]*:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ bench-merge: install  ## a streaming merge of a 7B-shaped model against cp and P
 
 bench-hot-swap: install  ## 50 swaps among three adapters; BENCH=--tiny for a quick look
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/hot_swap.py $(BENCH)
+
+bench-latency: install  ## CPU seconds of a command and of a launch up to its first step; BENCH="--runs 1 --no-trl" for a quick look
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/latency.py $(BENCH)
 
 bench-forgetting: install  ## what a gentle, a mixed and a brutal training of the demo forget (about 30 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/forgetting.py

@@ -216,14 +216,12 @@ def train(args: argparse.Namespace) -> int:
     from lora_recipes.train import OUTCOME_FILE
 
     recipe = _recipe(args)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    command += ["--config_file", args.config_file] if args.config_file else []
-    command += ["--module", "lora_recipes.train", args.recipe, *args.words]
+    command = [sys.executable, *process.launcher(args.config_file), "lora_recipes.train", args.recipe, *args.words]
     command += [flag for flag in ("--resume", "--fit", "--debug") if getattr(args, flag[2:])]
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "outcome.json"
         ended = subprocess.run(command, check=False, env=os.environ | {OUTCOME_FILE: str(told)}, stdout=sys.stderr)
-        outcome = read_json(told) or {"exit_code": ended.returncode, "message": "the launcher failed, see above"}
+        outcome = read_json(told) or {"exit_code": ended.returncode, "message": "training failed, see above"}
     if outcome["exit_code"] == EXIT_DONE:
         _emit(args, read_json(RunDir.of(recipe.name).status))
     else:

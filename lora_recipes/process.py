@@ -1,8 +1,15 @@
 """Settings of the whole process that must be made before torch is imported; each has its reason."""
 
+import gc
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA, either of them under WSL, AMD
+LAUNCH_CONFIG = "accelerate/default_config.yaml"  # what `accelerate config` writes, in Hugging Face's cache
 
 
 def prepare() -> None:
@@ -19,3 +26,37 @@ def prepare() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # transformers 5.23 warns about its own use of a name that it has deprecated.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+
+
+@contextmanager
+def importing(*, alone: bool) -> Iterator[None]:
+    """Around imports of whole libraries. What they make stays, so a search for garbage among it is time lost.
+
+    Args:
+        alone: this process does one thing and ends: no later search has to look at the libraries again. Elsewhere nothing
+            is changed.
+    """
+    if not alone:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def launcher(config_file: str | None) -> list[str]:
+    """What Python is told before the name of the module that trains.
+
+    Without a GPU and without an accelerate config `accelerate launch` has nothing to set: it would import torch (a CPU
+    second or two) only to start one process, so that process is started directly.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
+    configured = config_file is not None or Path(home, LAUNCH_CONFIG).expanduser().is_file()
+    if not configured and not any(Path(device).exists() for device in GPU_DEVICES):
+        return ["-m"]
+    config = ["--config_file", config_file] if config_file is not None else []
+    return ["-m", "accelerate.commands.launch", "--quiet", *config, "--module"]

@@ -19,6 +19,7 @@ from lora_recipes.errors import MachineError, RefusedError, RunError
 
 SUMS = "SHA256SUMS"  # in a published folder; the format of coreutils: `sha256sum -c SHA256SUMS` checks it
 OUTPUTS = Path("outputs")  # relative to the working folder, like every path a recipe names
+BLOB = 64  # letters of a sha256; the hub's cache calls the blobs of large files by theirs
 READABLE = 0o666  # mode of files, of which the umask takes its share
 
 
@@ -167,6 +168,21 @@ def file_sha256(path: Path) -> str:
     """sha256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def remembered_sha256(file: Path) -> str:
+    """A file's sha256, computed once for a size and time of change: models have gigabytes."""
+    real = file.resolve()
+    if file.is_symlink() and len(real.name) == BLOB:
+        return real.name
+    memory = cache_folder("hashes") / f"{text_sha256(str(real))[:32]}.json"
+    stat = real.stat()
+    stamp = [str(real), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    known = read_json(memory)
+    if known.get("stamp") != stamp:
+        known = {"stamp": stamp, "sha256": file_sha256(real)}
+        write_json(memory, known)
+    return known["sha256"]
 
 
 def text_sha256(text: str) -> str:

@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 
+from lora_recipes import process
 from lora_recipes.cli import VERBS, main
 from lora_recipes.run_dir import RunDir, write_json, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ["torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "accelerate"]
+# Heavy in themselves, or what the heavy ones bring along. The answer to `check` is a question of milliseconds.
+HEAVY += ["numpy", "pandas", "pyarrow", "scipy", "sklearn", "tokenizers", "safetensors", "huggingface_hub"]
+HEAVY += ["pydantic", "jinja2", "httpx", "requests"]
 RECIPE = """\
 model:
   pretrained_model_name_or_path: org/tiny
@@ -372,6 +376,45 @@ def test_the_module_is_the_command(recipe: str) -> None:
     assert json.loads(ended.stdout)["problems"][0]["key"] == "lora.r"
 
 
+LAUNCHED = ["-m", "accelerate.commands.launch", "--quiet"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "default", "named", "words"),
+    [
+        (False, False, None, ["-m"]),
+        (True, False, None, [*LAUNCHED, "--module"]),
+        (False, True, None, [*LAUNCHED, "--module"]),
+        (False, False, "ddp.yaml", [*LAUNCHED, "--config_file", "ddp.yaml", "--module"]),
+    ],
+    ids=["nothing to launch", "a GPU", "a config in the cache", "a config that was named"],
+)
+def test_a_launcher_starts_what_has_something_to_launch(
+    gpu: bool,
+    default: bool,
+    named: str | None,
+    words: list[str],
+    recipe: str,
+    workdir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(process, "GPU_DEVICES", (str(workdir / "gpu"),))
+    monkeypatch.setenv("HF_HOME", str(workdir / "home"))
+    (workdir / "home" / "accelerate").mkdir(parents=True)
+    for wanted, file in ((gpu, "gpu"), (default, "home/accelerate/default_config.yaml")):
+        if wanted:
+            (workdir / file).touch()
+    started: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        started.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert call("train", recipe, "--resume", *(["--config_file", named] if named else [])) == 0
+    assert started == [[sys.executable, *words, "lora_recipes.train", recipe, "--resume"]]
+
+
 PROBE = """
 import json, sys
 from lora_recipes.cli import main
@@ -384,11 +427,11 @@ print("\\n" + json.dumps([name for name in json.loads(sys.argv[2]) if name in sy
 """
 
 
-def heavy_imports(program: str, commands: list[list[str]]) -> list[str]:
-    ended = python("-c", program, json.dumps(commands), json.dumps(HEAVY))
+def heavy_imports(program: str, commands: list[list[str]], names: list[str] = HEAVY) -> list[str]:
+    ended = python("-c", program, json.dumps(commands), json.dumps(names))
     assert ended.returncode == 0, ended.stderr
-    names: list[str] = json.loads(ended.stdout.splitlines()[-1])
-    return names
+    found: list[str] = json.loads(ended.stdout.splitlines()[-1])
+    return found
 
 
 def test_what_needs_no_model_imports_no_library_of_models(recipe: str, workdir: Path) -> None:
@@ -405,6 +448,11 @@ def test_what_needs_no_model_imports_no_library_of_models(recipe: str, workdir: 
     ]
     assert heavy_imports(PROBE, commands) == []
     assert (workdir / "mine.yaml").is_file()
+
+
+def test_an_answer_in_one_line_draws_nothing_and_opens_no_connection(recipe: str) -> None:
+    commands = [["--help"], ["check", recipe], ["show", recipe], ["new", recipe, "mine"]]
+    assert heavy_imports(PROBE, commands, ["rich", "asyncio", "ssl", "multiprocessing", "subprocess"]) == []
 
 
 def test_a_wrong_recipe_is_refused_before_a_library_of_models_is_imported(recipe: str) -> None:

@@ -20,7 +20,7 @@ def settings_key(settings: RowSettings) -> dict[str, Any]:
 def content_of(source: Source, split: str) -> list[Any] | None:
     """What the rows of a split are made of; None when that cannot be told without reading them."""
     if not source.is_hub():
-        return [[str(file.path), file.kind, _hash(file.path)] for file in local_files(source, split)]
+        return [[str(file.path), file.kind, file_hash(file.path)] for file in local_files(source, split)]
     revision = str(source.keys.get("revision") or "")
     if source.get("streaming"):
         pinned = len(revision) == 40
@@ -28,7 +28,7 @@ def content_of(source: Source, split: str) -> list[Any] | None:
     return [source.keys["path"], split, load_hub(source, split)._fingerprint]
 
 
-def _hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
     """sha256 of a file, once for each state of it."""
     seen = path.stat()
     return _hash_of(path, seen.st_ino, seen.st_size, seen.st_mtime_ns)

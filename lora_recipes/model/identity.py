@@ -9,10 +9,9 @@ from lora_recipes.errors import RefusedError
 from lora_recipes.model.files import commit_of, weight_files
 from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
-from lora_recipes.run_dir import cache_folder, file_sha256, read_json, write_json
+from lora_recipes.run_dir import read_json, remembered_sha256, write_json
 
 PROVENANCE = "provenance.json"  # in an adapter's folder; PEFT and the engines ignore it
-BLOB = 64  # letters of a sha256; the hub's cache calls the blobs of large files by theirs
 
 
 @dataclass(frozen=True)
@@ -48,23 +47,8 @@ def weights_sha256(recipe: Recipe, source: Source) -> str:
     Raises:
         MachineError: a hub model that is not in the cache, and the hub cannot be asked.
     """
-    lines = [f"{_remembered(file)}  {file.name}\n" for file in weight_files(recipe, source)]
+    lines = [f"{remembered_sha256(file)}  {file.name}\n" for file in weight_files(recipe, source)]
     return sha256("".join(lines).encode()).hexdigest()
-
-
-def _remembered(file: Path) -> str:
-    """A file's sha256, computed once for a size and time of change: models have gigabytes."""
-    real = file.resolve()
-    if file.is_symlink() and len(real.name) == BLOB:
-        return real.name
-    memory = cache_folder("hashes") / f"{sha256(str(real).encode()).hexdigest()[:32]}.json"
-    stat = real.stat()
-    stamp = [str(real), stat.st_size, stat.st_mtime_ns, stat.st_ino]
-    known = read_json(memory)
-    if known.get("stamp") != stamp:
-        known = {"stamp": stamp, "sha256": file_sha256(real)}
-        write_json(memory, known)
-    return known["sha256"]
 
 
 def write_provenance(folder: Path, base: Base, **more: Any) -> None:

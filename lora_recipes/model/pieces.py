@@ -28,7 +28,7 @@ def pieces(inputs: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
             one row of documents, each of which begins where `position_ids` is 0.
 
     Returns:
-        `input_ids`, `labels` and `attention_mask` of each piece, the longest rows first.
+        `input_ids`, `labels` and `attention_mask` of each piece, the longest rows last.
     """
     rows = sorted(_rows(inputs), key=lambda row: -len(row[0]))
     found, first = [], 0
@@ -43,7 +43,7 @@ def pieces(inputs: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
             }
         )
         first = end
-    return found
+    return found[::-1]
 
 
 def _rows(inputs: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:

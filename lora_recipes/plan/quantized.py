@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from lora_recipes.model.quantizer import bitsandbytes
 from lora_recipes.plan.architecture import as_planned
 
 
@@ -14,8 +15,7 @@ def as_quantized(model: PreTrainedModel, names: list[str], quantization: dict[st
 
     They open their weights for each multiplication, forward and backward, as the real ones do, and keep nothing.
     """
-    import bitsandbytes as bnb
-
+    bnb = bitsandbytes()
     four = bool(quantization.get("load_in_4bit"))
     compute = as_planned(getattr(torch, quantization.get("bnb_4bit_compute_dtype") or "float32"))
     for name in names:

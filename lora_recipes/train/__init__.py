@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_recipes import process
 from lora_recipes.errors import EXIT_BUG, EXIT_DONE, LoraRecipesError, RunError, machine_fault
+from lora_recipes.model.quantizer import leave_out_unless_needed
 from lora_recipes.recipe import Recipe, load_recipe
 from lora_recipes.run_dir import RunDir, read_json, write_json
 
@@ -19,7 +20,11 @@ OUTCOME_FILE = "LORA_RECIPES_OUTCOME_FILE"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line of `run.py`, train, and return the exit code."""
+    """Parse the command line of `run.py`, train, and return the exit code.
+
+    Args:
+        arguments: None takes those of the process, which then is for this run alone.
+    """
     parser = argparse.ArgumentParser(prog="run.py", description="Train a recipe.", allow_abbrev=False)
     parser.add_argument("recipe", help="a file in recipes/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
@@ -31,16 +36,25 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_intermixed_args(arguments)
-    return launch(args.recipe, args.overrides, resume=args.resume, fit=args.fit, debug=args.debug)
+    return launch(
+        args.recipe, args.overrides, resume=args.resume, fit=args.fit, debug=args.debug, alone=arguments is None
+    )
 
 
 def launch(
-    recipe_path: str, overrides: list[str], *, resume: bool = False, fit: bool = False, debug: bool = False
+    recipe_path: str,
+    overrides: list[str],
+    *,
+    resume: bool = False,
+    fit: bool = False,
+    debug: bool = False,
+    alone: bool = False,
 ) -> int:
     """Train a recipe and return the exit code; a failure of a run that had begun is in status.json too.
 
     Args:
         fit: when memory runs out, try again with smaller micro-batches and the same rows a step.
+        alone: this process does nothing else, so libraries that this recipe has no use for stay out of it.
     """
     process.prepare()
     from lora_recipes import console
@@ -50,18 +64,22 @@ def launch(
         recipe = load_recipe(recipe_path, overrides)
         if fit:
             require_one_process()
+        if alone:
+            leave_out_unless_needed(recipe)
         # Imports in the order of their cost: bad rows are told before torch is imported, and a machine that lacks
         # something before TRL is (6 s).
         if os.environ.get("LOCAL_RANK", "0") == "0":
             from lora_recipes.data.check import check_data
 
             check_data(recipe)
-        from lora_recipes.train.preflight import preflight
+        with process.importing(alone=alone):
+            from lora_recipes.train.preflight import preflight
 
         ready = preflight(recipe, resume=resume)
         if ready is None:
             return _ended(EXIT_DONE, "")
-        from lora_recipes.train.session import train
+        with process.importing(alone=alone):
+            from lora_recipes.train.session import train
 
         if fit:
             from lora_recipes.train.memory import fitted

@@ -4,12 +4,13 @@ import os
 from dataclasses import dataclass
 
 from lora_recipes import console
+from lora_recipes.data.content import file_hash
 from lora_recipes.data.files import local_files, sources
 from lora_recipes.errors import RunError
 from lora_recipes.model.machine import Choices, choose
 from lora_recipes.model.source import Source, locate
 from lora_recipes.recipe import Recipe
-from lora_recipes.run_dir import Locked, RunDir, file_sha256
+from lora_recipes.run_dir import Locked, RunDir
 from lora_recipes.trained import require_same_run
 
 
@@ -57,7 +58,7 @@ def data_hashes(recipe: Recipe) -> dict[str, str]:
         if isinstance(split, str)
         for file in local_files(source, split)
     }
-    return {str(file): file_sha256(file) for file in sorted(files)}
+    return {str(file): file_hash(file) for file in sorted(files)}
 
 
 def _already_complete(run_dir: RunDir, recipe: Recipe, resume: bool) -> bool:

@@ -182,3 +182,28 @@ def test_the_launchers_single_thread_is_undone(write_recipe: Callable[..., Path]
 def test_a_folder_needs_no_unpacking(write_recipe: Callable[..., Path], tiny_model: Path):
     source = locate(load_recipe(write_recipe()))
     assert materialise(source) == source and source.location == str(tiny_model)
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({}, None),
+        ({"memory.max": "max", "memory.current": "10", "memory.stat": "inactive_file 4"}, None),
+        ({"memory.max": "100", "memory.current": "30", "memory.stat": "file 9\ninactive_file 4"}, 74),
+        ({"memory.max": "100", "memory.current": "120", "memory.stat": "inactive_file 4"}, 0),
+        (
+            {
+                "memory/memory.limit_in_bytes": "100",
+                "memory/memory.usage_in_bytes": "30",
+                "memory/memory.stat": "total_inactive_file 5",
+            },
+            75,
+        ),
+    ],
+    ids=["none", "no limit", "version 2", "over it", "version 1"],
+)
+def test_a_containers_limit_is_the_machines_memory(files: dict[str, str], left: int | None, tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert machine._left_in_container(tmp_path, -1) == (-1 if left is None else left)

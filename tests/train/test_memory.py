@@ -1,4 +1,4 @@
-"""Memory that runs out: found before the first step, said with the batch and the plan, answered by `--fit`."""
+"""Memory that runs out: found at the beginning, said with the batch and the plan, answered by `--fit`."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 from lora_recipes.cli import main
 from lora_recipes.recipe import load_recipe
 from lora_recipes.run_dir import RunDir, read_json, read_jsonl
-from lora_recipes.train import launch
+from lora_recipes.train import launch, probe
 from lora_recipes.train.memory import smaller_batch
 from lora_recipes.train.probe import LongestFirst
 from lora_recipes.train.trainer import RecipeTrainer
@@ -52,8 +52,19 @@ def late_long_row(workdir: Path) -> dict[str, Any]:
     return {"data_files": {"train": "rows.jsonl"}, "eval_split": None}
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole micro-batches, of which the longest is tried before the first step."""
+    monkeypatch.setattr(LongestFirst, "_measures", lambda self: False)
+    monkeypatch.setattr(RecipeTrainer, "_suits_cpu_loss", lambda self: False)
+
+
 def test_what_does_not_fit_fails_before_the_first_step_with_one_message(
-    write_recipe: Callable[..., Path], late_long_row: dict, limit: Callable, capsys: pytest.CaptureFixture
+    as_on_a_gpu: None,
+    write_recipe: Callable[..., Path],
+    late_long_row: dict,
+    limit: Callable,
+    capsys: pytest.CaptureFixture,
 ):
     limit(200)
     assert launch(str(write_recipe(dataset=late_long_row, training={"max_steps": 1})), []) == 3
@@ -65,30 +76,82 @@ def test_what_does_not_fit_fails_before_the_first_step_with_one_message(
     assert status["state"] == "failed" and status["exit_code"] == 3
 
 
-def test_the_probe_changes_nothing_of_the_run(write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
+def test_the_probe_changes_nothing_of_the_run(
+    as_on_a_gpu: None, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
     keys: dict[str, Any] = {"lora": {"lora_dropout": 0.1}}
     assert launch(str(write_recipe("probed", **keys)), []) == 0
     monkeypatch.setattr(LongestFirst, "on_step_begin", lambda *_, **__: None)
     assert launch(str(write_recipe("bare", **keys)), []) == 0
     assert adapter("probed") == adapter("bare")
-    lines = [
-        [
-            {
-                key: value
-                for key, value in line.items()
-                if key != "seconds" and "runtime" not in key and "per_second" not in key
-            }
-        ]
-        for name in ("probed", "bare")
-        for line in [read_jsonl(RunDir.of(name).metrics)[0]]
-    ]
-    assert lines[0] == lines[1]
+    assert first_line("probed") == first_line("bare")
 
 
-def test_the_probe_takes_the_longest_rows(write_recipe: Callable[..., Path], late_long_row: dict, limit: Callable):
+def first_line(name: str) -> dict[str, Any]:
+    """The metrics of the first step, without times."""
+    line = read_jsonl(RunDir.of(name).metrics)[0]
+    return {
+        key: value
+        for key, value in line.items()
+        if key != "seconds" and "runtime" not in key and "per_second" not in key
+    }
+
+
+def test_the_probe_takes_the_longest_rows(
+    as_on_a_gpu: None, write_recipe: Callable[..., Path], late_long_row: dict, limit: Callable
+):
     shapes = limit(10**9)
     assert launch(str(write_recipe(dataset=late_long_row)), []) == 0
     assert shapes[0] == max(shapes, key=lambda shape: shape[1])
+
+
+@pytest.mark.parametrize(("left", "probed"), [(0, 1), (1 << 50, 0)], ids=["may not fit", "fits"])
+def test_on_a_cpu_the_first_step_tells_whether_a_probe_is_needed(
+    left: int,
+    probed: int,
+    write_recipe: Callable[..., Path],
+    late_long_row: dict,
+    limit: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(probe, "memory_available", lambda: left)
+    shapes = limit(10**9)
+    assert launch(str(write_recipe(dataset=late_long_row)), []) == 0
+    assert len(shapes) == 3 + probed
+    assert (shapes[1][1] > 2 * shapes[0][1]) == bool(probed)
+
+
+def test_on_a_cpu_what_does_not_fit_fails_before_the_second_step(
+    write_recipe: Callable[..., Path],
+    late_long_row: dict,
+    limit: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    monkeypatch.setattr(probe, "memory_available", lambda: 0)
+    limit(200)
+    assert launch(str(write_recipe(dataset=late_long_row)), []) == 3
+    assert "out of memory in step 2, on a batch of 4 rows x" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("batch", "trained", "left", "surely"),
+    [
+        ((8, 100), (8, 100), 0, True),
+        ((8, 80), (8, 100), 0, True),
+        ((4, 100), (8, 100), 0, True),
+        ((8, 200), (8, 100), 300, True),  # 4 x the peak of 100: 300 more
+        ((8, 200), (8, 100), 299, False),
+        ((8, 100), (4, 100), 99, False),
+        ((8, 60), (4, 100), 19, False),  # twice the rows, each shorter
+    ],
+)
+def test_what_surely_fits(
+    batch: tuple[int, int], trained: tuple[int, int], left: int, surely: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(probe, "memory_available", lambda: left)
+    monkeypatch.setattr(probe, "_peak_memory", lambda: 100)
+    assert probe.fits(batch, trained) == surely
 
 
 @pytest.mark.parametrize("from_step", [0, 3], ids=["at the first step", "after a checkpoint"])
