@@ -1,5 +1,6 @@
 """One virtual environment per tool, made with pip from its pins; done again only when the pins change."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from benchmarks.peers.run import measured
 
 def install(peer: Peer, lab: Lab) -> dict[str, Any]:
     """Make the tool's environment, and once what else it needs. Returns its row: `rc`, and `error` where it failed."""
+    if peer.own:
+        return {"peer": peer.name, "rc": 0, "version": version(peer, lab), "seconds": 0.0}
     venv = lab.venv(peer.name)
     stamp, wanted = venv / "installed.json", json.dumps(peer.pip)
     started = time.monotonic()
@@ -41,6 +44,8 @@ def _commands(peer: Peer, lab: Lab) -> Iterator[Command]:
 
 def version(peer: Peer, lab: Lab) -> str | None:
     """What is installed, from the environment's metadata; None where it is not."""
+    if peer.own:
+        return importlib.metadata.version(peer.distribution)
     name = peer.distribution.replace("-", "_")
     found = sorted(lab.venv(peer.name).glob(f"lib/python*/site-packages/{name}-*.dist-info"))
     return found[0].name.removesuffix(".dist-info").rpartition("-")[2] if found else None

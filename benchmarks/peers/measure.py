@@ -10,10 +10,12 @@ from benchmarks.peers.install import version
 from benchmarks.peers.lab import Lab, opened
 from benchmarks.peers.peer import CannotError, Command, Job, Peer
 from benchmarks.peers.run import measured
-from benchmarks.peers.tools import axolotl, litgpt, llamafactory, swift, torchtune, trl
+from benchmarks.peers.tools import axolotl, litgpt, llamafactory, ours, swift, torchtune, trl
 
 ROOT = Path(__file__).parent.parent.parent
-PEERS: dict[str, Peer] = {tool.PEER.name: tool.PEER for tool in (axolotl, torchtune, trl, llamafactory, litgpt, swift)}
+OURS: dict[str, Peer] = {peer.name: peer for peer in (ours.PEER, ours.FLOAT32)}
+OTHERS: dict[str, Peer] = {tool.PEER.name: tool.PEER for tool in (axolotl, torchtune, trl, llamafactory, litgpt, swift)}
+PEERS = OURS | OTHERS
 HELP_SECONDS, MERGE_SECONDS = 300, 900
 
 
@@ -169,8 +171,10 @@ def _run(
     cores: int | None = None,
     trace: bool = False,
 ) -> dict[str, Any]:
-    if not (lab.venv(tool.name) / "installed.json").is_file():
+    if not tool.own and not (lab.venv(tool.name) / "installed.json").is_file():
         raise CannotError("not installed")
+    if command.cwd is not None:
+        command.cwd.mkdir(parents=True, exist_ok=True)
     return measured(
         command.words,
         lab,
@@ -180,4 +184,5 @@ def _run(
         environment=command.environment,
         trace=trace,
         timeout=timeout,
+        cwd=command.cwd,
     )

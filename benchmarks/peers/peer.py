@@ -40,6 +40,7 @@ class Command:
 
     words: list[str]
     environment: Mapping[str, str] = field(default_factory=dict)
+    cwd: Path | None = None  # made where it is not there; unset: beside the log
 
 
 class CannotError(Exception):
@@ -61,6 +62,7 @@ class Peer:
     prepare: Callable[[Lab], list[Command]] = lambda lab: []  # once, after it was installed
     checkpointing: bool = False  # of activations, where the job leaves it open
     differs: str = ""  # what of the job it does another way
+    own: bool = False  # run by the interpreter that measures, instead of in an environment of its own
 
 
 def write_config(path: Path, config: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ from transformers import (
 from lora_recipes.errors import LoraRecipesError, RecipeError, machine_fault
 from lora_recipes.model.folder import require_intact
 from lora_recipes.model.machine import Choices
+from lora_recipes.model.precision import let_go_of_file
 from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
 from lora_recipes.recipe.vocabulary import OWNERS
@@ -198,15 +199,8 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(source.location, quantization_config=config, **keywords)
     keep_canonical_4bit(model)
     if config is not None and choices.device == "cpu":
-        _let_go_of_file(model)
+        let_go_of_file(model.parameters())
     return model
-
-
-def _let_go_of_file(model: PreTrainedModel) -> None:
-    """Copy the weights that were not quantized: as views they keep the whole file of 16-bit weights in memory."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.clone()
 
 
 def load_merged(folder: Path, recipe: Recipe, choices: Choices) -> PreTrainedModel:

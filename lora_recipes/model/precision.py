@@ -1,5 +1,7 @@
 """The type that frozen weights are kept in while a CPU computes in bf16."""
 
+from collections.abc import Iterable
+
 import torch
 
 
@@ -16,7 +18,7 @@ def cast_frozen(model: torch.nn.Module) -> int:
     if not all(".lora_A." in name or ".lora_B." in name for name in trained):
         return 0
     embedded = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    saved = 0
+    saved, cast = 0, set()
     for module in model.modules():
         if type(module) is not torch.nn.Linear or module.weight.requires_grad or module.weight.dtype != torch.float32:
             continue
@@ -27,4 +29,14 @@ def cast_frozen(model: torch.nn.Module) -> int:
         else:
             module.weight.data = module.weight.data.bfloat16()
             saved += 2 * size
+        cast.add(id(module.weight))
+    if cast:
+        let_go_of_file(parameter for parameter in model.parameters() if id(parameter) not in cast)
     return saved
+
+
+def let_go_of_file(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Copy the weights that are still as they were loaded: as views they keep the whole mapped file in memory."""
+    for parameter in parameters:
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()

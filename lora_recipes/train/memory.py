@@ -79,7 +79,9 @@ def explained(error: BaseException, recipe: Recipe, shape: tuple[int, ...] | Non
         shape: (rows, tokens) of the batch that failed, where it is known.
     """
     where = (
-        f"in step {step + 1}, on a batch of {shape[0]} rows x {shape[1]} tokens" if shape else "before the first step"
+        f"in step {step + 1}, on a batch of {shape[0]} row{'s' * (shape[0] > 1)} x {shape[1]} tokens"
+        if shape
+        else "before the first step"
     )
     lines = [f"out of memory {where}: {_first_line(error)}"]
     try:

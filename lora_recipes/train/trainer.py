@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy
 import torch
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -32,6 +31,7 @@ from lora_recipes.model.pieces import pieces
 from lora_recipes.model.precision import cast_frozen
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir
+from lora_recipes.train.loss import token_loss
 from lora_recipes.train.optimizers import OPTIMIZER_KEYS, adapter_optimizer, freeze_what_never_moves
 
 # Read by lora_recipes.data and lora_recipes.model.build, which hand SFTTrainer finished tokens and labels.
@@ -108,18 +108,16 @@ class RecipeTrainer(SFTTrainer):
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda module, arguments: (arguments[0][:, :-1][scored], *arguments[1:]))
         try:
-            logits = model(**forwarded, use_cache=False).logits.float()  # [trained tokens, vocabulary]
+            logits = model(**forwarded, use_cache=False).logits  # [trained tokens, vocabulary]
         finally:
             hook.remove()
-        per_token = cross_entropy(logits, targets, reduction="none")
-        if self.args.loss_type == "dft":  # arXiv 2508.05629: weighted by the token's own probability
-            per_token = per_token * (-per_token).exp().detach()
-        self._count(model.training, inputs, logits.detach().argmax(-1) == targets)
-        loss = per_token.sum() / torch.as_tensor(
-            targets.numel() if num_items_in_batch is None else num_items_in_batch
-        ).clamp(min=1)
+        divisor = max(1, int(targets.numel() if num_items_in_batch is None else num_items_in_batch))
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # it counts the tokens of all ranks; DDP averages over ranks
+            divisor = (
+                divisor / self.accelerator.num_processes
+            )  # it counts the tokens of all ranks; DDP averages over ranks
+        loss, correct = token_loss(logits, targets, divisor, dft=self.args.loss_type == "dft")
+        self._count(model.training, inputs, correct)
         return loss
 
     def _suits_cpu_loss(self) -> bool:

@@ -21,7 +21,9 @@ def batch(*lengths: int) -> dict[str, torch.Tensor]:
 def packed(*lengths: int) -> dict[str, torch.Tensor]:
     one = batch(*lengths)
     rows = [slice(0, length) for length in lengths]
-    joined = {key: torch.cat([one[key][n, part] for n, part in enumerate(rows)])[None] for key in ("input_ids", "labels")}
+    joined = {
+        key: torch.cat([one[key][n, part] for n, part in enumerate(rows)])[None] for key in ("input_ids", "labels")
+    }
     return joined | {"position_ids": torch.cat([torch.arange(length) for length in lengths])[None]}
 
 

@@ -162,7 +162,7 @@ def test_a_plan_is_applied_as_a_child_recipe(write_recipe: Callable[..., Path], 
 
 
 def test_a_card_without_bf16_is_planned_in_fp16_and_refused_otherwise(write_recipe: Callable[..., Path]):
-    recipe = load_recipe(write_recipe())
+    recipe = load_recipe(write_recipe(training={"bf16": True}))
     with pytest.raises(MachineError, match=r"t4-16 has no bf16; set training.bf16=false training.fp16=true"):
         Estimate(recipe, config_of(recipe), target_of("t4", None, None))
     assert plan(recipe, target_of("t4", None, None))["required"] == {"training.bf16": False, "training.fp16": True}

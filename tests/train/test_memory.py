@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lora_recipes.cli import main
+from lora_recipes.plan import target_of
 from lora_recipes.recipe import load_recipe
 from lora_recipes.run_dir import RunDir, read_json, read_jsonl
 from lora_recipes.train import launch, probe
@@ -57,6 +58,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole micro-batches, of which the longest is tried before the first step."""
     monkeypatch.setattr(LongestFirst, "_measures", lambda self: False)
     monkeypatch.setattr(RecipeTrainer, "_suits_cpu_loss", lambda self: False)
+    monkeypatch.setattr("lora_recipes.train.memory.target_for", lambda recipe: target_of("24GiB", None, None))
 
 
 def test_what_does_not_fit_fails_before_the_first_step_with_one_message(
@@ -129,9 +131,9 @@ def test_on_a_cpu_what_does_not_fit_fails_before_the_second_step(
     capsys: pytest.CaptureFixture,
 ):
     monkeypatch.setattr(probe, "memory_available", lambda: 0)
-    limit(200)
+    limit(100)
     assert launch(str(write_recipe(dataset=late_long_row)), []) == 3
-    assert "out of memory in step 2, on a batch of 4 rows x" in capsys.readouterr().err
+    assert "out of memory in step 2, on a batch of 1 row x" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_what_surely_fits(
 
 @pytest.mark.parametrize("from_step", [0, 3], ids=["at the first step", "after a checkpoint"])
 def test_fit_halves_the_micro_batch_and_keeps_the_rows_of_a_step(
-    write_recipe: Callable[..., Path], limit: Callable, from_step: int, capsys: pytest.CaptureFixture
+    as_on_a_gpu: None, write_recipe: Callable[..., Path], limit: Callable, from_step: int, capsys: pytest.CaptureFixture
 ):
     keys = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2}
     small = write_recipe("small", training=keys | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2})
@@ -175,7 +177,9 @@ def test_fit_halves_the_micro_batch_and_keeps_the_rows_of_a_step(
     assert launch(str(path), [], resume=True) == 0  # complete, under the recipe as it is written
 
 
-def test_fit_gives_up_at_one_row(write_recipe: Callable[..., Path], limit: Callable, capsys: pytest.CaptureFixture):
+def test_fit_gives_up_at_one_row(
+    as_on_a_gpu: None, write_recipe: Callable[..., Path], limit: Callable, capsys: pytest.CaptureFixture
+):
     limit(10)
     assert launch(str(write_recipe()), [], fit=True) == 3
     assert capsys.readouterr().err.count("--fit: ") == 2  # 4 rows, 2 rows, 1 row

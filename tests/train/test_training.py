@@ -193,7 +193,7 @@ def test_a_run_leaves_its_evidence_and_only_safe_files(
     config = read_json(run_dir.adapter / "adapter_config.json")
     assert config["target_modules"] == sorted(config["target_modules"])
     shown = capsys.readouterr().err
-    for fact in ("trainable of", "effective batch", "tokens a step", "green = trained", "float32 instead of bf16"):
+    for fact in ("trainable of", "effective batch", "tokens a step", "green = trained", "dtype"):
         assert fact in shown
 
 

@@ -159,16 +159,16 @@ def watch_losses(module: Any) -> None:
 def watch_trainer(module: Any) -> None:
     training_step = module.Trainer.training_step
 
-    def counting(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def counting(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         batch = {}
         if "labels" in inputs and "input_ids" in inputs:
             ids = inputs["input_ids"]
             supervised = int((inputs["labels"][..., 1:] != IGNORED).sum())
             real = sum(real_tokens(row) for row in ids.reshape(-1, ids.shape[-1]).tolist())
             batch = {"padded": ids.numel(), "real": real, "supervised": supervised}
-        loss = training_step(self, model, inputs, *args, **kwargs)
-        if batch:
-            batch["loss"] = float(loss.detach()) * batch["supervised"]
+        loss = training_step(self, model, inputs, num_items_in_batch)
+        if batch:  # its tokens' loss over those of the whole step, of which this may be a piece; else their mean
+            batch["loss"] = float(loss.detach()) * float(num_items_in_batch or batch["supervised"])
         seen.batch = {key: seen.batch.get(key, 0) + value for key, value in batch.items()}
         return loss
 

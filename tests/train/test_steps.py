@@ -1,0 +1,127 @@
+"""Steps on a CPU: pieces of a micro-batch and weights that are cast once change how fast a step is, never what it does."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_recipes.model import machine
+from lora_recipes.model.machine import choose
+from lora_recipes.model.precision import cast_frozen
+from lora_recipes.recipe import load_recipe
+from lora_recipes.run_dir import RunDir, read_jsonl
+from lora_recipes.train import launch, trainer
+from lora_recipes.train.trainer import RecipeTrainer
+from tests.conftest import NF4
+from tests.train.test_training import make_trainer
+
+Step = tuple[float, dict[str, torch.Tensor], dict[str, Any]]
+
+
+def off_the_start(made: RecipeTrainer) -> RecipeTrainer:
+    """LoRA starts with B = 0, where A has no gradient: move off that point."""
+    torch.manual_seed(1)
+    for name, parameter in made.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return made
+
+
+def one_step(made: RecipeTrainer) -> Step:
+    """Loss, gradients and metrics of one micro-batch, always the same."""
+    made.model.zero_grad()
+    torch.manual_seed(0)
+    batch = next(iter(made.get_train_dataloader()))
+    loss = made.training_step(made.model_wrapped, dict(batch), torch.tensor(100))
+    gradients = {n: p.grad.clone() for n, p in made.model.named_parameters() if p.grad is not None}
+    metrics = {name: list(values) for name, values in made._metrics["train"].items()}
+    made._metrics["train"].clear()
+    made._total_train_tokens = 0
+    return loss.item(), gradients, metrics
+
+
+def require_same(one: Step, other: Step) -> None:
+    assert one[0] == pytest.approx(other[0], rel=1e-5)
+    assert one[1].keys() == other[1].keys()
+    for name, gradient in one[1].items():
+        torch.testing.assert_close(gradient, other[1][name], rtol=1e-4, atol=1e-6)
+    assert one[2]["num_tokens"] == other[2]["num_tokens"]
+    assert one[2]["mean_token_accuracy"] == pytest.approx(other[2]["mean_token_accuracy"])
+
+
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_a_step_in_pieces_is_the_step_of_the_whole_micro_batch(
+    write_recipe: Callable[..., Path], loss_type: str, packing: bool, monkeypatch: pytest.MonkeyPatch
+):
+    made = off_the_start(make_trainer(write_recipe(training={"loss_type": loss_type, "packing": packing})))
+    monkeypatch.setattr("lora_recipes.model.pieces.TOGETHER", 100)
+    cut: list[int] = []
+    real = trainer.pieces
+    monkeypatch.setattr(trainer, "pieces", lambda inputs: cut.append(len(found := real(inputs))) or found)
+    ours = one_step(made)
+    assert cut[0] > 1  # there was something to cut
+    monkeypatch.setattr(trainer, "pieces", lambda inputs: [inputs])
+    require_same(ours, one_step(made))
+
+
+def test_the_losses_of_a_run_are_those_of_the_plain_path(
+    write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    """Step by step, with accumulation: TRL's own loss on padded micro-batches, and ours."""
+    monkeypatch.setattr("lora_recipes.model.pieces.TOGETHER", 100)
+    keys = {"max_steps": 6, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
+    assert launch(str(write_recipe("pieces", training=keys)), []) == 0
+    monkeypatch.setattr(RecipeTrainer, "_suits_cpu_loss", lambda self: False)
+    assert launch(str(write_recipe("plain", training=keys)), []) == 0
+    ours, plain = (
+        [row["loss"] for row in read_jsonl(RunDir.of(name).metrics) if "loss" in row] for name in ("pieces", "plain")
+    )
+    assert len(ours) == 6 and ours == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_that_are_cast_once_give_the_numbers_of_autocast_to_the_bit(
+    write_recipe: Callable[..., Path], tied: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(trainer, "cast_frozen", lambda model: 0)
+    path = write_recipe(training={"bf16": True, "use_cpu": True})
+
+    def trained(*, cast: bool) -> list[torch.Tensor]:
+        made = make_trainer(path)
+        base = made.model.get_base_model()
+        if tied:
+            base.lm_head.weight = base.model.embed_tokens.weight
+        before = sum(parameter.nbytes for parameter in base.parameters())
+        saved = cast_frozen(made.model) if cast else 0
+        assert saved == before - sum(parameter.nbytes for parameter in base.parameters())
+        assert (base.model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.bfloat16) == cast
+        assert (base.lm_head.weight.dtype == torch.bfloat16) == cast
+        assert base.model.embed_tokens.weight.dtype == torch.float32
+        made.train()
+        return [parameter for parameter in made.model.parameters() if parameter.requires_grad]
+
+    for once, anew in zip(trained(cast=True), trained(cast=False), strict=True):
+        assert torch.equal(once, anew)
+
+
+@pytest.mark.parametrize("lora", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, None], ids=str)
+def test_weights_stay_as_they_are_where_more_than_lora_is_trained(
+    write_recipe: Callable[..., Path], lora: dict[str, Any] | None
+):
+    made = make_trainer(write_recipe(training={"bf16": True, "use_cpu": True}, lora=lora))
+    assert cast_frozen(made.model) == 0
+    assert {parameter.dtype for parameter in made.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_bf16_is_kept_on_a_cpu_that_multiplies_it(
+    amx: bool, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(machine, "multiplies_bf16", lambda: amx)
+    choices = choose(load_recipe(write_recipe(training={"bf16": True}, quantization=NF4)))
+    assert choices.training["bf16"] is amx
+    assert (choices.quantization["bnb_4bit_compute_dtype"] == "float32") is not amx
+    assert choose(load_recipe(write_recipe(training={"bf16": False}))).training["bf16"] is False
