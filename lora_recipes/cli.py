@@ -3,7 +3,8 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return its exit code."""
     parser = _parser()
     args = parser.parse_intermixed_args(arguments)
+    args.alone = arguments is None  # this process does this one thing and ends
     if args.verb is None:
         parser.print_help()
         return EXIT_USER
@@ -130,6 +132,17 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     if args.recipe is None:
         raise RunError(f"`{args.verb}` needs a recipe: lora-recipes {args.verb} recipes/NAME.yaml")
     return load_recipe(args.recipe, args.words)
+
+
+@contextmanager
+def _importing(args: argparse.Namespace, recipe: Recipe) -> Iterator[None]:
+    """Around the imports of a step that loads a model, of which only what the recipe needs is imported."""
+    if args.alone:
+        from lora_recipes.model.quantizer import leave_out_unless_needed
+
+        leave_out_unless_needed(recipe)
+    with process.importing(alone=args.alone):
+        yield
 
 
 def _failed(error: LoraRecipesError, args: argparse.Namespace) -> int:
@@ -289,7 +302,8 @@ def preview(args: argparse.Namespace) -> int:
 def generate(args: argparse.Namespace) -> int:
     """ask base, adapter and merged model the same questions, score them, hold them against `checks`"""
     recipe = _recipe(args)
-    from lora_recipes.generate import generate as run
+    with _importing(args, recipe):
+        from lora_recipes.generate import generate as run
 
     found = run(recipe, force=args.force, served=args.served)
     _emit(args, found)
@@ -301,7 +315,8 @@ def chat(args: argparse.Namespace) -> int:
     if args.json:
         raise RunError("`chat` is a conversation and has no --json; `generate --json` asks the recipe's prompts")
     recipe = _recipe(args)
-    from lora_recipes.chat import chat as run
+    with _importing(args, recipe):
+        from lora_recipes.chat import chat as run
 
     run(recipe, args.adapter or [], force=args.force)
     return EXIT_DONE
@@ -310,7 +325,8 @@ def chat(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> int:
     """loss on held-out rows and on general text, before and after; the verdict"""
     recipe = _recipe(args)
-    from lora_recipes.evaluate import evaluate as run
+    with _importing(args, recipe):
+        from lora_recipes.evaluate import evaluate as run
 
     tasks = args.tasks.split(",") if args.tasks else []
     found = run(recipe, force=args.force, mix=args.mix, tasks=tasks, include_path=args.include_path)
@@ -321,7 +337,8 @@ def evaluate(args: argparse.Namespace) -> int:
 def merge(args: argparse.Namespace) -> int:
     """merge the adapter into a plain model and prove that it answers the same"""
     recipe = _recipe(args)
-    from lora_recipes.merge import merge as run
+    with _importing(args, recipe):
+        from lora_recipes.merge import merge as run
 
     if args.method and not args.adapters:
         raise RunError("`--method` says how `--adapters` are combined; name them: --adapters a=0.7 b=0.3")

@@ -86,7 +86,7 @@ def quick_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     """The merged model is reloaded in this process: a fresh one takes seconds to import what is imported here already."""
     from concurrent.futures import ThreadPoolExecutor
 
-    monkeypatch.setattr("lora_recipes.merge.parity.fresh_process", lambda: ThreadPoolExecutor(1))
+    monkeypatch.setattr("lora_recipes.merge.parity.fresh_process", lambda recipe: ThreadPoolExecutor(1))
 
 
 @pytest.fixture

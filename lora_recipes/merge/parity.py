@@ -26,6 +26,7 @@ from lora_recipes.model.build import load_merged
 from lora_recipes.model.compare import Row, differences, prompt_row, record, trained_row
 from lora_recipes.model.folder import require_sums
 from lora_recipes.model.machine import Choices
+from lora_recipes.model.quantizer import leave_out_unless_needed
 from lora_recipes.recipe import Recipe
 
 PROMPTS = 16
@@ -124,13 +125,19 @@ def template_samples(data: LoadedData) -> list[Sample]:
     return samples(data, RERENDERED)
 
 
-def fresh_process() -> Executor:
+def fresh_process(recipe: Recipe) -> Executor:
     """An interpreter of its own (`spawn`), which shares nothing with this one but the files."""
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=process.prepare)
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin, initargs=(recipe,))
+
+
+def _begin(recipe: Recipe) -> None:
+    process.prepare()
+    leave_out_unless_needed(recipe)
 
 
 def prove(proof: Proof) -> dict[str, Any]:
-    """Reload a merged folder in a fresh process.
+    """Reload a merged folder, in a fresh process where its behaviour is looked at.
 
     Returns:
         {"behaviour": {name: differences from it}, "template_rows", "peak_rss_bytes"}
@@ -139,10 +146,10 @@ def prove(proof: Proof) -> dict[str, Any]:
         RefusedError: a file is not what was written, the template is another, or the end tokens are lost.
         MachineError: the process was killed, which the system does when memory runs out.
     """
-    return in_fresh_process(_reloaded, proof, proof.folder)
+    return in_fresh_process(_reloaded, proof, proof.recipe, proof.folder) if proof.behaviour else _reloaded(proof)
 
 
-def in_fresh_process(work: Callable[[Any], Any], argument: Any, folder: Path) -> Any:
+def in_fresh_process(work: Callable[[Any], Any], argument: Any, recipe: Recipe, folder: Path) -> Any:
     """What `work` returns or raises in a process of its own.
 
     Args:
@@ -153,7 +160,7 @@ def in_fresh_process(work: Callable[[Any], Any], argument: Any, folder: Path) ->
         RuntimeError: it ended in another way before it answered, which is a bug.
     """
     others = active_children()
-    with fresh_process() as fresh:
+    with fresh_process(recipe) as fresh:
         answer = fresh.submit(work, argument)
         started = [child for child in active_children() if child not in others]
         try:

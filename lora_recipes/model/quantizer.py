@@ -16,7 +16,7 @@ OTHER_OPTIMIZERS = (None, "adamw_torch", "adamw_torch_fused", "adafactor", "sgd"
 def leave_out_unless_needed(recipe: Recipe) -> None:
     """Before PEFT is imported: a run that provably needs no bitsandbytes goes without, as if it were not installed.
 
-    What PEFT and transformers have once asked they remember, so this is for a process that trains this recipe and no
+    What PEFT and transformers have once asked they remember, so this is for a process that works on this recipe and no
     other. `None` in `sys.modules` is Python's own way to say that a module cannot be imported.
     """
     if not is_needed(recipe):
@@ -24,7 +24,7 @@ def leave_out_unless_needed(recipe: Recipe) -> None:
 
 
 def is_needed(recipe: Recipe) -> bool:
-    """Whether training may use bitsandbytes; True where it cannot be told before the model is there."""
+    """Whether a step may use bitsandbytes; True where it cannot be told before the model is there."""
     if recipe.get("quantization") or recipe.get("training.optim") not in OTHER_OPTIMIZERS:
         return True
     if recipe.get("model.trust_remote_code"):  # which may import whatever it likes

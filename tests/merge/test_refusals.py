@@ -328,13 +328,14 @@ def test_a_snapshot_of_the_hub_is_links_into_its_cache(tmp_path: Path, monkeypat
     assert (named.name, named.revision) == ("someone/toy", commit)  # a branch moves, a commit does not
 
 
-def test_a_proof_that_is_killed_is_told_from_one_that_ends_by_a_bug(tmp_path: Path):
+def test_a_proof_that_is_killed_is_told_from_one_that_ends_by_a_bug(base: Path, tmp_path: Path):
+    recipe = recipe_on(base)
     with pytest.raises(MachineError, match="was killed"):
-        in_fresh_process(signal.raise_signal, signal.SIGKILL, tmp_path)
+        in_fresh_process(signal.raise_signal, signal.SIGKILL, recipe, tmp_path)
     with pytest.raises(RuntimeError, match="ended before it answered"):
-        in_fresh_process(os._exit, 7, tmp_path)
+        in_fresh_process(os._exit, 7, recipe, tmp_path)
     with pytest.raises(ZeroDivisionError):
-        in_fresh_process(divmod_by_zero, 1, tmp_path)
+        in_fresh_process(divmod_by_zero, 1, recipe, tmp_path)
 
 
 def divmod_by_zero(number: int) -> float:
