@@ -19,6 +19,9 @@ def prepare() -> None:
     # Threads that wait at a barrier sleep instead of spinning. On an idle machine that costs nothing; beside another
     # busy process spinning made a training step 20 x slower (2 cores, GNU OpenMP).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # oneDNN keeps what it has compiled for a shape, of which rows of all lengths bring ever new ones: by itself 1,024, which
+    # came to 450 MB of a bf16 training of the demo model. Fewer cost no time.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     # tokenizers warns when a process that has used it forks (data loader workers).
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # On CPUs with AVX512_BF16 bitsandbytes asks for a package that would fetch a kernel from the hub, for the very path

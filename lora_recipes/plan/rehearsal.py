@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, masking_utils
 
+from lora_recipes.model.loss import token_loss
 from lora_recipes.plan.architecture import layers_of
 from lora_recipes.plan.tracker import LiveTensors
 
@@ -152,11 +152,13 @@ class Rehearsal:
         )
         inputs = torch.zeros((step.rows, step.length), dtype=torch.long)
         try:
+            # accelerate's autocast ends with the model, whose outputs it makes float32
             logits = self.model(input_ids=inputs, use_cache=False).logits.float()
         finally:
             hook.remove()
-        losses = cross_entropy(logits, torch.zeros(count, dtype=torch.long), reduction="none")
-        return losses.sum() / count
+        with torch.autocast("cpu", enabled=False):
+            loss, _ = token_loss(logits, torch.zeros(count, dtype=torch.long), count)
+        return loss
 
     def _unrolled(self, tracker: LiveTensors, start: int) -> Peak:
         segments = _segments(tracker, start, len(self.kept))

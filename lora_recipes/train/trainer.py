@@ -26,12 +26,12 @@ from lora_recipes.model.initialise import (
     require_matrices,
     starting_config,
 )
+from lora_recipes.model.loss import token_loss
 from lora_recipes.model.machine import Choice, Choices
 from lora_recipes.model.pieces import pieces
 from lora_recipes.model.precision import cast_frozen
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir
-from lora_recipes.train.loss import token_loss
 from lora_recipes.train.optimizers import OPTIMIZER_KEYS, adapter_optimizer, freeze_what_never_moves
 
 # Read by lora_recipes.data and lora_recipes.model.build, which hand SFTTrainer finished tokens and labels.

@@ -51,4 +51,4 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[torch.Tensor, None, None, None]:
         slopes = ctx.slopes
         del ctx.slopes
-        return slopes if grad == 1 else slopes.mul_(grad.to(slopes.dtype)), None, None, None
+        return slopes.mul_(grad), None, None, None
