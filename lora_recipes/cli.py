@@ -19,6 +19,8 @@ ONLY_FOR = {
     "--row": "preview",
     "--html": "preview",
     "--resume": "train",
+    "--fresh": "train",
+    "--accept-changes": "train",
     "--fit": "train",
     "--config_file": "train plan",
     "--gpu": "plan",
@@ -76,7 +78,11 @@ def _parser() -> argparse.ArgumentParser:
         help="settings that win over the file's; for `new`, first the new name",
     )
     parser.add_argument("--json", action="store_true", help="print exactly one JSON object on stdout")
-    parser.add_argument("--resume", action="store_true", help="train: go on from the last complete checkpoint")
+    parser.add_argument("--resume", action="store_true", help="train: what it does by itself; scripts may say it")
+    parser.add_argument("--fresh", action="store_true", help="train: start over; what is there is moved aside")
+    parser.add_argument(
+        "--accept-changes", metavar="A,B", help="train: go on although these are not as when the run was begun"
+    )
     parser.add_argument(
         "--fit", action="store_true", help="train: smaller micro-batches when memory runs out, see README"
     )
@@ -121,7 +127,7 @@ def _rate(text: str) -> float:
 
 def _require_own_options(args: argparse.Namespace) -> None:
     for option, verbs in ONLY_FOR.items():
-        if getattr(args, option.lstrip("-")) not in (None, False) and args.verb not in verbs.split():
+        if getattr(args, option.lstrip("-").replace("-", "_")) not in (None, False) and args.verb not in verbs.split():
             owners = " and ".join(f"`{verb}`" for verb in verbs.split())
             raise RunError(f"`{option}` belongs to {owners} and has no meaning for `{args.verb}`; leave it out")
 
@@ -217,7 +223,8 @@ def train(args: argparse.Namespace) -> int:
 
     recipe = _recipe(args)
     command = [sys.executable, *process.launcher(args.config_file), "lora_recipes.train", args.recipe, *args.words]
-    command += [flag for flag in ("--resume", "--fit", "--debug") if getattr(args, flag[2:])]
+    command += [flag for flag in ("--fresh", "--fit", "--debug") if getattr(args, flag[2:])]
+    command += ["--accept-changes", args.accept_changes] if args.accept_changes else []
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "outcome.json"
         ended = subprocess.run(command, check=False, env=os.environ | {OUTCOME_FILE: str(told)}, stdout=sys.stderr)

@@ -411,8 +411,8 @@ def test_a_launcher_starts_what_has_something_to_launch(
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert call("train", recipe, "--resume", *(["--config_file", named] if named else [])) == 0
-    assert started == [[sys.executable, *words, "lora_recipes.train", recipe, "--resume"]]
+    assert call("train", recipe, "--fresh", *(["--config_file", named] if named else [])) == 0
+    assert started == [[sys.executable, *words, "lora_recipes.train", recipe, "--fresh"]]
 
 
 PROBE = """

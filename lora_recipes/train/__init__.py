@@ -28,7 +28,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="run.py", description="Train a recipe.", allow_abbrev=False)
     parser.add_argument("recipe", help="a file in recipes/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
-    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
+    parser.add_argument("--resume", action="store_true", help="what a launch does by itself; scripts may say it")
+    parser.add_argument("--fresh", action="store_true", help="start over; what is in the run folder is moved aside")
+    parser.add_argument(
+        "--accept-changes",
+        type=names,
+        default=(),
+        metavar="A,B",
+        help="go on although these are not as when the run was begun",
+    )
     parser.add_argument(
         "--fit",
         action="store_true",
@@ -37,22 +45,38 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_intermixed_args(arguments)
     return launch(
-        args.recipe, args.overrides, resume=args.resume, fit=args.fit, debug=args.debug, alone=arguments is None
+        args.recipe,
+        args.overrides,
+        fresh=args.fresh,
+        accepted=args.accept_changes,
+        fit=args.fit,
+        debug=args.debug,
+        alone=arguments is None,
     )
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The words of a comma-separated list."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def launch(
     recipe_path: str,
     overrides: list[str],
     *,
-    resume: bool = False,
+    fresh: bool = False,
+    accepted: tuple[str, ...] = (),
     fit: bool = False,
     debug: bool = False,
     alone: bool = False,
 ) -> int:
     """Train a recipe and return the exit code; a failure of a run that had begun is in status.json too.
 
+    Goes on where the run was cut off, if it was.
+
     Args:
+        fresh: start over; what is in the run folder is moved aside.
+        accepted: names of what may be another than when the run was begun.
         fit: when memory runs out, try again with smaller micro-batches and the same rows a step.
         alone: this process does nothing else, so libraries that this recipe has no use for stay out of it.
     """
@@ -75,7 +99,7 @@ def launch(
         with process.importing(alone=alone):
             from lora_recipes.train.preflight import preflight
 
-        ready = preflight(recipe, resume=resume)
+        ready = preflight(recipe, fresh=fresh, accepted=accepted)
         if ready is None:
             return _ended(EXIT_DONE, "")
         with process.importing(alone=alone):
@@ -84,9 +108,9 @@ def launch(
         if fit:
             from lora_recipes.train.memory import fitted
 
-            fitted(recipe, ready, resume, overrides, train)
+            fitted(recipe, ready, overrides, train)
         else:
-            train(recipe, ready, resume)
+            train(recipe, ready)
         return _ended(EXIT_DONE, "")
     except (LoraRecipesError, MemoryError, OSError, RuntimeError) as error:
         known = error if isinstance(error, LoraRecipesError) else machine_fault(error)
