@@ -1,14 +1,21 @@
 """The commands: `lora-recipes VERB RECIPE [section.key=value ...] [--json]`. What needs no model never imports one."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lora_recipes import __version__, process
-from lora_recipes.errors import EXIT_DONE, EXIT_REFUSED, EXIT_USER, LoraRecipesError, RunError, machine_fault
+from lora_recipes.errors import (
+    EXIT_DONE,
+    EXIT_PREEMPTED,
+    EXIT_REFUSED,
+    EXIT_USER,
+    LoraRecipesError,
+    RunError,
+    machine_fault,
+)
 from lora_recipes.recipe import InvalidRecipe, Recipe, load_recipe
 from lora_recipes.recipe.vocabulary import COMBINATIONS
 
@@ -38,7 +45,9 @@ ONLY_FOR = {
     "--method": "merge",
     "--dry_run": "push",
 }
-EXIT_CODES = "0 done, 2 recipe or data wrong, 3 machine lacks something, 4 refused, 1 a bug of ours"
+EXIT_CODES = (
+    "0 done, 2 recipe or data wrong, 3 machine lacks something, 4 refused, 143 stopped and saved, 1 a bug of ours"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -215,10 +224,9 @@ def new(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """train it: accelerate launch run.py RECIPE"""
-    import subprocess
     import tempfile
 
-    from lora_recipes.run_dir import RunDir, read_json
+    from lora_recipes.run_dir import Locked, RunDir, read_json
     from lora_recipes.train import OUTCOME_FILE
 
     recipe = _recipe(args)
@@ -227,10 +235,18 @@ def train(args: argparse.Namespace) -> int:
     command += ["--accept-changes", args.accept_changes] if args.accept_changes else []
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "outcome.json"
-        ended = subprocess.run(command, check=False, env=os.environ | {OUTCOME_FILE: str(told)}, stdout=sys.stderr)
-        outcome = read_json(told) or {"exit_code": ended.returncode, "message": "training failed, see above"}
+        code, asked = process.run_to_the_end(command, {OUTCOME_FILE: str(told)})
+        run_dir = RunDir.of(recipe.name)
+        if asked and not told.exists() and run_dir.lock.exists():
+            # `accelerate launch` is gone at once, while the trainer that it started still saves and holds its lock.
+            lock = Locked(run_dir.lock)
+            lock.acquire(wait=True)
+            lock.release()
+        failed = {"exit_code": code, "message": "training failed, see above"}
+        stopped = {"exit_code": EXIT_PREEMPTED, "message": f"stopped by {asked} before the run began"}
+        outcome: Result = read_json(told) or (stopped if asked else failed)
     if outcome["exit_code"] == EXIT_DONE:
-        _emit(args, read_json(RunDir.of(recipe.name).status))
+        _emit(args, read_json(run_dir.status))
     else:
         _emit(args, {"error": outcome})
     return outcome["exit_code"]

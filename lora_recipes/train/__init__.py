@@ -3,14 +3,24 @@
 import argparse
 import os
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_recipes import process
-from lora_recipes.errors import EXIT_BUG, EXIT_DONE, LoraRecipesError, RunError, machine_fault
+from lora_recipes.errors import (
+    EXIT_BUG,
+    EXIT_DONE,
+    EXIT_PREEMPTED,
+    LoraRecipesError,
+    Preempted,
+    RunError,
+    machine_fault,
+)
 from lora_recipes.model.quantizer import leave_out_unless_needed
 from lora_recipes.recipe import Recipe, load_recipe
 from lora_recipes.run_dir import RunDir, read_json, write_json
+from lora_recipes.train.preemption import Stop, end_with_launcher
 
 if TYPE_CHECKING:
     from lora_recipes.train.preflight import Ready
@@ -44,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_intermixed_args(arguments)
+    if arguments is None:
+        end_with_launcher()
     return launch(
         args.recipe,
         args.overrides,
@@ -81,9 +93,24 @@ def launch(
         alone: this process does nothing else, so libraries that this recipe has no use for stay out of it.
     """
     process.prepare()
+    stop = Stop()
+    with stop.listening(alone=alone):
+        return _launch(recipe_path, overrides, stop, fresh, accepted, fit, debug, alone)
+
+
+def _launch(
+    recipe_path: str,
+    overrides: list[str],
+    stop: Stop,
+    fresh: bool,
+    accepted: tuple[str, ...],
+    fit: bool,
+    debug: bool,
+    alone: bool,
+) -> int:
     from lora_recipes import console
 
-    recipe, ready = None, None
+    recipe, ready, before = None, None, 0
     try:
         recipe = load_recipe(recipe_path, overrides)
         if fit:
@@ -102,6 +129,9 @@ def launch(
         ready = preflight(recipe, fresh=fresh, accepted=accepted)
         if ready is None:
             return _ended(EXIT_DONE, "")
+        ready.stop, before = stop, _written_at(recipe)
+        if ready.lock is not None:
+            stop.abandoned = partial(_record_end, recipe, EXIT_PREEMPTED)
         with process.importing(alone=alone):
             from lora_recipes.train.session import train
 
@@ -112,7 +142,11 @@ def launch(
         else:
             train(recipe, ready)
         return _ended(EXIT_DONE, "")
+    except Preempted as stopped:
+        return _preempted(recipe, ready, stopped)
     except (LoraRecipesError, MemoryError, OSError, RuntimeError) as error:
+        if not isinstance(error, LoraRecipesError) and (told := _told_by_another_rank(recipe, ready, before)):
+            return _preempted(recipe, None, told)
         known = error if isinstance(error, LoraRecipesError) else machine_fault(error)
         if known is None:
             _record_failure(recipe, ready, EXIT_BUG, repr(error))
@@ -124,7 +158,7 @@ def launch(
             console.error(str(known) if rank == "0" else f"[rank {rank}] {known}")
         _record_failure(recipe, ready, known.exit_code, str(known))
         return _ended(known.exit_code, str(known))
-    except BaseException as error:  # a bug, or Ctrl-C: the status must not say "running" for ever
+    except BaseException as error:  # a bug: the status must not say "running" for ever
         _record_failure(recipe, ready, EXIT_BUG, repr(error))
         raise
     finally:
@@ -145,8 +179,43 @@ def _ended(exit_code: int, message: str) -> int:
     return exit_code
 
 
+def _preempted(recipe: Recipe | None, ready: "Ready | None", stopped: Preempted) -> int:
+    """Say that the run was stopped. Before the first step each rank writes it down, since it may be the only one to know."""
+    from lora_recipes import console
+
+    main = os.environ.get("RANK", "0") == "0"
+    if main:
+        console.say(str(stopped), "yellow")
+    if recipe is not None and ready is not None and (main or not ready.opened):
+        _record_end(recipe, EXIT_PREEMPTED, str(stopped))
+    return _ended(EXIT_PREEMPTED, str(stopped))
+
+
+def _told_by_another_rank(recipe: Recipe | None, ready: "Ready | None", before: int) -> Preempted | None:
+    """Before the first step a rank that is stopped just ends, which the others see as a lost connection.
+
+    Args:
+        before: when status.json was written last before this launch.
+    """
+    if recipe is None or ready is None or ready.opened or os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    status = read_json(RunDir.of(recipe.name).status)
+    new = status.get("state") == "preempted" and _written_at(recipe) != before
+    return Preempted(status["reason"]) if new else None
+
+
+def _written_at(recipe: Recipe) -> int:
+    status = RunDir.of(recipe.name).status
+    return status.stat().st_mtime_ns if status.is_file() else 0
+
+
 def _record_failure(recipe: Recipe | None, ready: "Ready | None", exit_code: int, reason: str) -> None:
     """Only for a run that this process has begun: a refused start leaves what is there as it was."""
     if recipe is not None and ready is not None and ready.opened:
-        status = RunDir.of(recipe.name).status
-        write_json(status, read_json(status) | {"state": "failed", "exit_code": exit_code, "reason": reason})
+        _record_end(recipe, exit_code, reason)
+
+
+def _record_end(recipe: Recipe, exit_code: int, reason: str) -> None:
+    status = RunDir.of(recipe.name).status
+    state = "preempted" if exit_code == EXIT_PREEMPTED else "failed"
+    write_json(status, read_json(status) | {"state": state, "exit_code": exit_code, "reason": reason})

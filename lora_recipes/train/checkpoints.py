@@ -28,11 +28,14 @@ def numbered(folder: Path) -> list[tuple[int, Path]]:
     return sorted(((int(name[1]), path) for name, path in found if name), reverse=True)
 
 
-def publish_checkpoint(staging: Path, step: int, manifest: dict[str, Any], world_size: int) -> Path:
+def publish_checkpoint(
+    staging: Path, step: int, manifest: dict[str, Any], world_size: int, *, owes_evaluation: bool = False
+) -> Path:
     """Make what the Trainer wrote into `folder/.saving/checkpoint-N` the run's newest checkpoint, `folder/checkpoint-N`.
 
     Args:
         manifest: of the run.
+        owes_evaluation: the run was stopped before, or in, the evaluation after this step.
 
     Raises:
         MachineError: a rank's random state is not there: the nodes do not share the folder.
@@ -45,7 +48,7 @@ def publish_checkpoint(staging: Path, step: int, manifest: dict[str, Any], world
         fsync(file)
         files[file.relative_to(staging).as_posix()] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
     known = {key: manifest[key] for key in IDENTITY if key in manifest}
-    write_json(staging / MANIFEST, {"step": step, **known, "files": files})
+    write_json(staging / MANIFEST, {"step": step, "owes_evaluation": owes_evaluation, **known, "files": files})
     for inner in [path for path in staging.rglob("*") if path.is_dir()]:
         fsync(inner)
     fsync(staging)
@@ -182,3 +185,8 @@ def _files(folder: Path) -> Iterator[Path]:
             path = Path(parent, name)
             if not name.startswith(".") and path != folder / MANIFEST:
                 yield path
+
+
+def owes_evaluation(checkpoint: Path) -> bool:
+    """Whether the run was stopped before, or in, the evaluation after this checkpoint's step."""
+    return bool((_manifest(checkpoint) or {}).get("owes_evaluation"))

@@ -12,6 +12,7 @@ from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import Locked, RunDir
 from lora_recipes.train.changes import require_same_recipe, require_same_run
 from lora_recipes.train.checkpoints import numbered
+from lora_recipes.train.preemption import Stop
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Ready:
     Attributes:
         accepted: names of what may be another than when the run was begun.
         changed: what is another, and was accepted: name → line.
+        stop: whether this process was asked to end.
     """
 
     choices: Choices
@@ -31,6 +33,7 @@ class Ready:
     opened: bool = False
     accepted: tuple[str, ...] = ()
     changed: dict[str, str] = field(default_factory=dict)
+    stop: Stop = field(default_factory=Stop)
 
 
 def preflight(recipe: Recipe, *, fresh: bool = False, accepted: tuple[str, ...] = ()) -> Ready | None:

@@ -87,6 +87,7 @@ def train(recipe: Recipe, ready: Ready) -> None:
         _open_run(recipe, run_dir, source, ready, trainer, tokenizer, data, report, last)
     ready.opened = True
     trainer.add_callback(LongestFirst(trainer, data))
+    trainer.stop, ready.stop.deferring = ready.stop, True
     try:
         _run(trainer, last)
     except (RuntimeError, MemoryError) as error:
