@@ -34,7 +34,7 @@ install-dev: $(BIN)/pytest  ## the same with what tests and lint need
 
 demo: install  ## train, merge and compare the demo recipe (RECIPE=...), end to end on this machine
 	$(BIN)/lora-recipes check "$(RECIPE)" $(ARGS)
-	$(BIN)/lora-recipes train "$(RECIPE)" $(ARGS) --resume $(if $(CONFIG),--config_file $(CONFIG))
+	$(BIN)/lora-recipes train "$(RECIPE)" $(ARGS) $(if $(CONFIG),--config_file $(CONFIG))
 	test -d outputs/$(basename $(notdir $(RECIPE)))/merged || $(BIN)/lora-recipes merge "$(RECIPE)" $(ARGS)
 	@failed=0; for verb in generate evaluate status; do \
 		echo "$(BIN)/lora-recipes $$verb $(RECIPE) $(ARGS)"; $(BIN)/lora-recipes $$verb "$(RECIPE)" $(ARGS) || failed=$$?; \
@@ -78,7 +78,7 @@ schema: install  ## write lora_recipes/recipe/schema.json from the installed lib
 data: install  ## make the demo data again; the files do not change
 	$(BIN)/python data/make_orders.py
 
-train: install  ## train RECIPE; CONFIG= an accelerate config, ARGS= overrides and --resume
+train: install  ## train RECIPE; CONFIG= an accelerate config, ARGS= overrides and --fresh
 	$(BIN)/lora-recipes train "$(RECIPE)" $(ARGS) $(if $(CONFIG),--config_file $(CONFIG))
 
 new: install  ## NAME= a recipe of your own that extends RECIPE

@@ -1,6 +1,6 @@
 """What `accelerate launch` starts: parse, load the recipe, train, exit code.
 
-accelerate launch run.py recipes/smollm2-135m-lora.yaml [section.key=value ...] [--resume] [--fit]
+accelerate launch run.py recipes/smollm2-135m-lora.yaml [section.key=value ...] [--fresh] [--fit]
 """
 
 import sys

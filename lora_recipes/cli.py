@@ -1,7 +1,6 @@
 """The commands: `lora-recipes VERB RECIPE [section.key=value ...] [--json]`. What needs no model never imports one."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from lora_recipes import __version__, process
-from lora_recipes.errors import EXIT_DONE, EXIT_REFUSED, EXIT_USER, LoraRecipesError, RunError, machine_fault
+from lora_recipes.errors import (
+    EXIT_DONE,
+    EXIT_PREEMPTED,
+    EXIT_REFUSED,
+    EXIT_USER,
+    LoraRecipesError,
+    RunError,
+    machine_fault,
+)
 from lora_recipes.recipe import InvalidRecipe, Recipe, load_recipe
 from lora_recipes.recipe.vocabulary import COMBINATIONS
 
@@ -20,6 +27,8 @@ ONLY_FOR = {
     "--row": "preview",
     "--html": "preview",
     "--resume": "train",
+    "--fresh": "train",
+    "--accept-changes": "train",
     "--fit": "train",
     "--config_file": "train plan",
     "--gpu": "plan",
@@ -37,7 +46,9 @@ ONLY_FOR = {
     "--method": "merge",
     "--dry_run": "push",
 }
-EXIT_CODES = "0 done, 2 recipe or data wrong, 3 machine lacks something, 4 refused, 1 a bug of ours"
+EXIT_CODES = (
+    "0 done, 2 recipe or data wrong, 3 machine lacks something, 4 refused, 143 stopped and saved, 1 a bug of ours"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,7 +89,11 @@ def _parser() -> argparse.ArgumentParser:
         help="settings that win over the file's; for `new`, first the new name",
     )
     parser.add_argument("--json", action="store_true", help="print exactly one JSON object on stdout")
-    parser.add_argument("--resume", action="store_true", help="train: go on from the last complete checkpoint")
+    parser.add_argument("--resume", action="store_true", help="train: what it does by itself; scripts may say it")
+    parser.add_argument("--fresh", action="store_true", help="train: start over; what is there is moved aside")
+    parser.add_argument(
+        "--accept-changes", metavar="A,B", help="train: go on although these are not as when the run was begun"
+    )
     parser.add_argument(
         "--fit", action="store_true", help="train: smaller micro-batches when memory runs out, see README"
     )
@@ -123,7 +138,7 @@ def _rate(text: str) -> float:
 
 def _require_own_options(args: argparse.Namespace) -> None:
     for option, verbs in ONLY_FOR.items():
-        if getattr(args, option.lstrip("-")) not in (None, False) and args.verb not in verbs.split():
+        if getattr(args, option.lstrip("-").replace("-", "_")) not in (None, False) and args.verb not in verbs.split():
             owners = " and ".join(f"`{verb}`" for verb in verbs.split())
             raise RunError(f"`{option}` belongs to {owners} and has no meaning for `{args.verb}`; leave it out")
 
@@ -222,21 +237,29 @@ def new(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """train it: accelerate launch run.py RECIPE"""
-    import subprocess
     import tempfile
 
-    from lora_recipes.run_dir import RunDir, read_json
+    from lora_recipes.run_dir import Locked, RunDir, read_json
     from lora_recipes.train import OUTCOME_FILE
 
     recipe = _recipe(args)
     command = [sys.executable, *process.launcher(args.config_file), "lora_recipes.train", args.recipe, *args.words]
-    command += [flag for flag in ("--resume", "--fit", "--debug") if getattr(args, flag[2:])]
+    command += [flag for flag in ("--fresh", "--fit", "--debug") if getattr(args, flag[2:])]
+    command += ["--accept-changes", args.accept_changes] if args.accept_changes else []
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "outcome.json"
-        ended = subprocess.run(command, check=False, env=os.environ | {OUTCOME_FILE: str(told)}, stdout=sys.stderr)
-        outcome = read_json(told) or {"exit_code": ended.returncode, "message": "training failed, see above"}
+        code, asked = process.run_to_the_end(command, {OUTCOME_FILE: str(told)})
+        run_dir = RunDir.of(recipe.name)
+        if asked and not told.exists() and run_dir.lock.exists():
+            # `accelerate launch` is gone at once, while the trainer that it started still saves and holds its lock.
+            lock = Locked(run_dir.lock)
+            lock.acquire(wait=True)
+            lock.release()
+        failed = {"exit_code": code, "message": "training failed, see above"}
+        stopped = {"exit_code": EXIT_PREEMPTED, "message": f"stopped by {asked} before the run began"}
+        outcome: Result = read_json(told) or (stopped if asked else failed)
     if outcome["exit_code"] == EXIT_DONE:
-        _emit(args, read_json(RunDir.of(recipe.name).status))
+        _emit(args, read_json(run_dir.status))
     else:
         _emit(args, {"error": outcome})
     return outcome["exit_code"]

@@ -7,6 +7,7 @@ EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_MACHINE = 3
 EXIT_REFUSED = 4
+EXIT_PREEMPTED = 143  # what a shell says of a process that SIGTERM ended
 
 
 class LoraRecipesError(Exception):
@@ -43,6 +44,13 @@ class RefusedError(LoraRecipesError):
     """Refused for integrity or security: going on could produce a wrong or unsafe artefact."""
 
     exit_code = EXIT_REFUSED
+
+
+class Preempted(BaseException):
+    """Asked to end by a signal; what was reached is saved, and the same command goes on.
+
+    Like KeyboardInterrupt no Exception: it rises out of whatever runs, and no library may take it for a failure.
+    """
 
 
 OUT_OF_MEMORY = (

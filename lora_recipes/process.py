@@ -1,8 +1,13 @@
-"""Settings of the whole process that must be made before torch is imported; each has its reason."""
+"""Settings of the whole process that must be made before torch is imported, each with its reason; processes that end
+together."""
 
+import ctypes
 import gc
 import logging
 import os
+import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +15,9 @@ from pathlib import Path
 
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA, either of them under WSL, AMD
 LAUNCH_CONFIG = "accelerate/default_config.yaml"  # what `accelerate config` writes, in Hugging Face's cache
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # schedulers and people ask with these
+PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
+SHUTDOWN = "600"  # seconds that torchrun gives its ranks to save, instead of 30
 
 
 def prepare() -> None:
@@ -63,3 +71,32 @@ def launcher(config_file: str | None) -> list[str]:
         return ["-m"]
     config = ["--config_file", config_file] if config_file is not None else []
     return ["-m", "accelerate.commands.launch", "--quiet", *config, "--module"]
+
+
+def follow_parent(number: int = signal.SIGTERM) -> None:
+    """Ask the kernel for a signal when the parent of this process ends. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+
+
+def run_to_the_end(command: list[str], environment: dict[str, str]) -> tuple[int, str | None]:
+    """Run a command and hand on every signal that asks to stop, for the command knows how.
+
+    Returns:
+        its exit code, and the name of the first signal.
+    """
+    asked: list[int] = []
+
+    def hand_on(number: int, _: object) -> None:
+        asked.append(number)
+        child.send_signal(number)
+
+    given = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SHUTDOWN} | os.environ | environment
+    child = subprocess.Popen(command, env=given, stdout=sys.stderr, preexec_fn=follow_parent)
+    before = {number: signal.signal(number, hand_on) for number in STOPPING}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code, signal.Signals(asked[0]).name if asked else None

@@ -20,6 +20,7 @@ from lora_recipes.errors import MachineError, RefusedError, RunError
 SUMS = "SHA256SUMS"  # in a published folder; the format of coreutils: `sha256sum -c SHA256SUMS` checks it
 OUTPUTS = Path("outputs")  # relative to the working folder, like every path a recipe names
 BLOB = 64  # letters of a sha256; the hub's cache calls the blobs of large files by theirs
+FEWEST_CHECKPOINTS = 2  # that stay, whatever the limit: the newest may turn out broken
 READABLE = 0o666  # mode of files, of which the umask takes its share
 
 
@@ -137,25 +138,13 @@ class RunDir:
                 f"{self.merged}: no trained model yet; train it first: accelerate launch run.py {recipe_path}"
             )
 
-    def complete_checkpoints(self) -> list[Path]:
-        """Checkpoints that can be resumed exactly, oldest first.
-
-        The Trainer writes `trainer_state.json` last, so a folder without it was cut off in the middle of a save; one
-        without optimizer, scheduler or random state would start those afresh in silence.
-        """
-        folders = self.checkpoints.glob("checkpoint-*")
-        numbered = [
-            (int(folder.name.split("-")[1]), folder) for folder in folders if folder.name.split("-")[1].isdigit()
-        ]
-        return [folder for _, folder in sorted(numbered) if _is_complete(folder)]
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    needed = ("trainer_state.json", "scheduler.pt")
-    states = (any(checkpoint.glob("optimizer*")) or any(checkpoint.glob("global_step*"))) and any(
-        checkpoint.glob("rng_state*")
-    )
-    return states and all((checkpoint / name).is_file() for name in needed)
+    def set_aside(self) -> Path:
+        """Move the whole folder to the first free `NAME.old-N` beside it."""
+        number = 1
+        while (aside := self.root.with_name(f"{self.root.name}.old-{number}")).exists():
+            number += 1
+        self.root.rename(aside)
+        return aside
 
 
 def cache_folder(name: str) -> Path:
@@ -312,12 +301,12 @@ def published(folder: Path, *, private: bool = False, resumes: bool = False) -> 
         yield staging
         for file in [path for path in staging.rglob("*") if path.is_file()]:
             file.chmod(0o600 if private else 0o644)
-            _fsync(file)
-        _fsync(staging)
+            fsync(file)
+        fsync(staging)
         if folder.exists():
             shutil.rmtree(folder)
         staging.rename(folder)
-        _fsync(folder.parent)
+        fsync(folder.parent)
     except BaseException as error:
         if not resumes or isinstance(error, RefusedError):
             shutil.rmtree(staging, ignore_errors=True)
@@ -329,7 +318,8 @@ def staging_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.staging")
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """What was written to a file, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -26,8 +26,7 @@ def _next(recipe: Recipe, run_dir: RunDir, told: dict[str, Any]) -> list[str]:
     """Commands that make sense now."""
     path, gates = recipe.path, told["gates"]
     if not (run_dir.adapter if recipe.get("lora") else run_dir.merged).is_dir():
-        resume = " --resume" if run_dir.checkpoints.is_dir() else ""
-        return [f"accelerate launch run.py {path}{resume}"]
+        return [f"accelerate launch run.py {path}"]
     commands = []
     if not run_dir.merged.is_dir():
         commands.append(f"lora-recipes merge {path}")

@@ -63,10 +63,11 @@ def require_same_adapter(recipe: Recipe, run_dir: RunDir, source: Source | None,
     """
     if not recipe.get("lora"):
         return
-    changed = _changed(recipe, run_dir, ADAPTER_KEYS[1:] if force else ADAPTER_KEYS)
+    changed = changed_keys(recipe, run_dir, ADAPTER_KEYS[1:] if force else ADAPTER_KEYS)
     if changed:
+        lines = "\n".join(f"  {line}" for line in changed.values())
         raise RefusedError(
-            f"{run_dir.adapter} was trained by another recipe:\n{changed}\nuse the recipe it was trained with"
+            f"{run_dir.adapter} was trained by another recipe:\n{lines}\nuse the recipe it was trained with"
         )
     _require_same_scaling(recipe, run_dir)
     require_own_adapter(run_dir.adapter, recipe, source, force=force)
@@ -110,44 +111,6 @@ def _require_same_template(run_dir: RunDir, template: str | None) -> None:
         )
 
 
-def require_same_run(recipe: Recipe, run_dir: RunDir, data: dict[str, str]) -> None:
-    """Raises RunError, with the differences, when going on would mix two runs.
-
-    Args:
-        data: sha256 of each local data file now.
-    """
-    changed = _changed(recipe, run_dir, RUN_KEYS)
-    before = read_json(run_dir.manifest).get("data", data)
-    said = {None: "is new"}
-    files = [
-        f"  {file}: the file {said.get(before.get(file), 'has changed' if file in data else 'is gone')}"
-        for file in sorted(before.keys() | data.keys())
-        if before.get(file) != data.get(file)
-    ]
-    found = "\n".join([*([changed] if changed else []), *files])
-    if found:
-        raise RunError(
-            f"{run_dir.root} was begun with other settings:\n{found}\nput them back to resume, or train under another name "
-            f"(lora-recipes new {recipe.path} NAME)"
-        )
-
-
-def require_same_tokens(recipe: Recipe, run_dir: RunDir, tokens: dict[str, str]) -> None:
-    """Raises RunError when rows became other tokens than those the run was begun with.
-
-    Args:
-        tokens: split → hash of its content, template, tokenizer and settings, now.
-    """
-    before = read_json(run_dir.manifest).get("tokens", tokens)
-    changed = [name for name in sorted(before.keys() | tokens.keys()) if before.get(name) != tokens.get(name)]
-    if changed:
-        raise RunError(
-            f"{run_dir.root} was begun with other tokens in {', '.join(changed)}: data, chat template, tokenizer or the "
-            f"code that reads them have changed; put them back to resume, or train under another name "
-            f"(lora-recipes new {recipe.path} NAME)"
-        )
-
-
 def require_same_heldout(recipe: Recipe, run_dir: RunDir, tokens: dict[str, str], seed: int) -> None:
     """Raises RunError when a held-out share is drawn anew: rows would be scored that were trained on."""
     manifest = read_json(run_dir.manifest)
@@ -161,20 +124,20 @@ def require_same_heldout(recipe: Recipe, run_dir: RunDir, tokens: dict[str, str]
         )
 
 
-def _changed(recipe: Recipe, run_dir: RunDir, sections: tuple[str, ...]) -> str:
-    """One line a key that differs from the run's own recipe.yaml; "" when none does, or nothing was recorded."""
+def changed_keys(recipe: Recipe, run_dir: RunDir, sections: tuple[str, ...]) -> dict[str, str]:
+    """Each key that differs from the run's own recipe.yaml, and how; none where nothing was recorded."""
     if not run_dir.recipe.is_file():
-        return ""
+        return {}
     old = _flat({name: load_recipe(run_dir.recipe).section(name) for name in sections})
     new = _flat({name: recipe.section(name) for name in sections})
     for values in (old, new):
         _join_batch(values)
     absent = "unset"
-    return "\n".join(
-        f"  {key}: {old.get(key, absent)} then, {new.get(key, absent)} now ({recipe.where(key)})"
+    return {
+        key: f"{key}: {old.get(key, absent)} then, {new.get(key, absent)} now ({recipe.where(key)})"
         for key in sorted(old.keys() | new.keys())
         if old.get(key, absent) != new.get(key, absent)
-    )
+    }
 
 
 def _join_batch(values: dict[str, Any]) -> None:

@@ -406,13 +406,13 @@ def test_a_launcher_starts_what_has_something_to_launch(
             (workdir / file).touch()
     started: list[list[str]] = []
 
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], _: dict[str, str]) -> tuple[int, None]:
         started.append(command)
-        return subprocess.CompletedProcess(command, 0)
+        return 0, None
 
-    monkeypatch.setattr(subprocess, "run", run)
-    assert call("train", recipe, "--resume", *(["--config_file", named] if named else [])) == 0
-    assert started == [[sys.executable, *words, "lora_recipes.train", recipe, "--resume"]]
+    monkeypatch.setattr(process, "run_to_the_end", run)
+    assert call("train", recipe, "--fresh", *(["--config_file", named] if named else [])) == 0
+    assert started == [[sys.executable, *words, "lora_recipes.train", recipe, "--fresh"]]
 
 
 PROBE = """

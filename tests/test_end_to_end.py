@@ -37,8 +37,7 @@ def test_accelerate_launch_with_the_cpu_config_and_resume(write_recipe: Callable
     recipe = write_recipe()
     ended = run([*LAUNCH, *config, ROOT / "run.py", recipe, "training.max_steps=2", "--resume"], workdir)
     assert ended.returncode == 0, ended.stderr
-    assert "starting at step 0" in ended.stderr
-    again = run([*LAUNCH, *config, ROOT / "run.py", recipe, "training.max_steps=2", "--resume"], workdir)
+    again = run([*LAUNCH, *config, ROOT / "run.py", recipe, "training.max_steps=2"], workdir)
     assert again.returncode == 0 and "0 steps to train" in again.stderr
 
 

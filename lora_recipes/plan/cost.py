@@ -15,7 +15,7 @@ from lora_recipes.plan.cards import Target
 from lora_recipes.plan.memory import MAX_LENGTH, Estimate
 from lora_recipes.plan.storage import tensor_bytes
 from lora_recipes.recipe import Recipe
-from lora_recipes.run_dir import RunDir, read_json
+from lora_recipes.run_dir import FEWEST_CHECKPOINTS, RunDir, read_json
 
 ACHIEVED = 0.3  # of a data sheet's rate; an assumption that `--tflops` replaces
 CHECKPOINTS = 500  # TrainingArguments' own save_steps
@@ -181,7 +181,7 @@ def _disk(estimate: Estimate, steps: int | None) -> dict[str, int]:
     else:
         every = training.get("save_steps", CHECKPOINTS)
         kept = 1 if steps is None else max(1, int(1 / every) if every < 1 else -(-steps // int(every)))
-    kept = min(kept, training.get("save_total_limit") or kept)
+    kept = min(kept, max(FEWEST_CHECKPOINTS, training.get("save_total_limit") or kept))
     merged = recipe.get("merge.dtype") or str(estimate.dtype).removeprefix("torch.")
     return {
         "checkpoint": one,

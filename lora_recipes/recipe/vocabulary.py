@@ -413,7 +413,7 @@ REFUSED: dict[str, dict[str, str]] = {
         "output_dir": "is always outputs/<recipe file name>/, so that a copied recipe cannot write over its source",
         "model_init_kwargs": "has a section of its own, `model`",
         "trust_remote_code": "belongs to `model`",
-        "resume_from_checkpoint": "is not a setting; add `--resume` to the launch command",
+        "resume_from_checkpoint": "is not a setting; the same launch command goes on by itself",
         "do_train": _NEVER_TRAINED,
         "do_eval": _NEVER_TRAINED,
         "do_predict": _NEVER_TRAINED,

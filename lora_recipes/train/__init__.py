@@ -3,14 +3,24 @@
 import argparse
 import os
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_recipes import process
-from lora_recipes.errors import EXIT_BUG, EXIT_DONE, LoraRecipesError, RunError, machine_fault
+from lora_recipes.errors import (
+    EXIT_BUG,
+    EXIT_DONE,
+    EXIT_PREEMPTED,
+    LoraRecipesError,
+    Preempted,
+    RunError,
+    machine_fault,
+)
 from lora_recipes.model.quantizer import leave_out_unless_needed
 from lora_recipes.recipe import Recipe, load_recipe
 from lora_recipes.run_dir import RunDir, read_json, write_json
+from lora_recipes.train.preemption import Stop, end_with_launcher
 
 if TYPE_CHECKING:
     from lora_recipes.train.preflight import Ready
@@ -28,7 +38,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="run.py", description="Train a recipe.", allow_abbrev=False)
     parser.add_argument("recipe", help="a file in recipes/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
-    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
+    parser.add_argument("--resume", action="store_true", help="what a launch does by itself; scripts may say it")
+    parser.add_argument("--fresh", action="store_true", help="start over; what is in the run folder is moved aside")
+    parser.add_argument(
+        "--accept-changes",
+        type=names,
+        default=(),
+        metavar="A,B",
+        help="go on although these are not as when the run was begun",
+    )
     parser.add_argument(
         "--fit",
         action="store_true",
@@ -36,30 +54,63 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_intermixed_args(arguments)
+    if arguments is None:
+        end_with_launcher()
     return launch(
-        args.recipe, args.overrides, resume=args.resume, fit=args.fit, debug=args.debug, alone=arguments is None
+        args.recipe,
+        args.overrides,
+        fresh=args.fresh,
+        accepted=args.accept_changes,
+        fit=args.fit,
+        debug=args.debug,
+        alone=arguments is None,
     )
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The words of a comma-separated list."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def launch(
     recipe_path: str,
     overrides: list[str],
     *,
-    resume: bool = False,
+    fresh: bool = False,
+    accepted: tuple[str, ...] = (),
     fit: bool = False,
     debug: bool = False,
     alone: bool = False,
 ) -> int:
     """Train a recipe and return the exit code; a failure of a run that had begun is in status.json too.
 
+    Goes on where the run was cut off, if it was.
+
     Args:
+        fresh: start over; what is in the run folder is moved aside.
+        accepted: names of what may be another than when the run was begun.
         fit: when memory runs out, try again with smaller micro-batches and the same rows a step.
         alone: this process does nothing else, so libraries that this recipe has no use for stay out of it.
     """
     process.prepare()
+    stop = Stop()
+    with stop.listening(alone=alone):
+        return _launch(recipe_path, overrides, stop, fresh, accepted, fit, debug, alone)
+
+
+def _launch(
+    recipe_path: str,
+    overrides: list[str],
+    stop: Stop,
+    fresh: bool,
+    accepted: tuple[str, ...],
+    fit: bool,
+    debug: bool,
+    alone: bool,
+) -> int:
     from lora_recipes import console
 
-    recipe, ready = None, None
+    recipe, ready, before = None, None, 0
     try:
         recipe = load_recipe(recipe_path, overrides)
         if fit:
@@ -75,20 +126,27 @@ def launch(
         with process.importing(alone=alone):
             from lora_recipes.train.preflight import preflight
 
-        ready = preflight(recipe, resume=resume)
+        ready = preflight(recipe, fresh=fresh, accepted=accepted)
         if ready is None:
             return _ended(EXIT_DONE, "")
+        ready.stop, before = stop, _written_at(recipe)
+        if ready.lock is not None:
+            stop.abandoned = partial(_record_end, recipe, EXIT_PREEMPTED)
         with process.importing(alone=alone):
             from lora_recipes.train.session import train
 
         if fit:
             from lora_recipes.train.memory import fitted
 
-            fitted(recipe, ready, resume, overrides, train)
+            fitted(recipe, ready, overrides, train)
         else:
-            train(recipe, ready, resume)
+            train(recipe, ready)
         return _ended(EXIT_DONE, "")
+    except Preempted as stopped:
+        return _preempted(recipe, ready, stopped)
     except (LoraRecipesError, MemoryError, OSError, RuntimeError) as error:
+        if not isinstance(error, LoraRecipesError) and (told := _told_by_another_rank(recipe, ready, before)):
+            return _preempted(recipe, None, told)
         known = error if isinstance(error, LoraRecipesError) else machine_fault(error)
         if known is None:
             _record_failure(recipe, ready, EXIT_BUG, repr(error))
@@ -100,7 +158,7 @@ def launch(
             console.error(str(known) if rank == "0" else f"[rank {rank}] {known}")
         _record_failure(recipe, ready, known.exit_code, str(known))
         return _ended(known.exit_code, str(known))
-    except BaseException as error:  # a bug, or Ctrl-C: the status must not say "running" for ever
+    except BaseException as error:  # a bug: the status must not say "running" for ever
         _record_failure(recipe, ready, EXIT_BUG, repr(error))
         raise
     finally:
@@ -121,8 +179,43 @@ def _ended(exit_code: int, message: str) -> int:
     return exit_code
 
 
+def _preempted(recipe: Recipe | None, ready: "Ready | None", stopped: Preempted) -> int:
+    """Say that the run was stopped. Before the first step each rank writes it down, since it may be the only one to know."""
+    from lora_recipes import console
+
+    main = os.environ.get("RANK", "0") == "0"
+    if main:
+        console.say(str(stopped), "yellow")
+    if recipe is not None and ready is not None and (main or not ready.opened):
+        _record_end(recipe, EXIT_PREEMPTED, str(stopped))
+    return _ended(EXIT_PREEMPTED, str(stopped))
+
+
+def _told_by_another_rank(recipe: Recipe | None, ready: "Ready | None", before: int) -> Preempted | None:
+    """Before the first step a rank that is stopped just ends, which the others see as a lost connection.
+
+    Args:
+        before: when status.json was written last before this launch.
+    """
+    if recipe is None or ready is None or ready.opened or os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    status = read_json(RunDir.of(recipe.name).status)
+    new = status.get("state") == "preempted" and _written_at(recipe) != before
+    return Preempted(status["reason"]) if new else None
+
+
+def _written_at(recipe: Recipe) -> int:
+    status = RunDir.of(recipe.name).status
+    return status.stat().st_mtime_ns if status.is_file() else 0
+
+
 def _record_failure(recipe: Recipe | None, ready: "Ready | None", exit_code: int, reason: str) -> None:
     """Only for a run that this process has begun: a refused start leaves what is there as it was."""
     if recipe is not None and ready is not None and ready.opened:
-        status = RunDir.of(recipe.name).status
-        write_json(status, read_json(status) | {"state": "failed", "exit_code": exit_code, "reason": reason})
+        _record_end(recipe, exit_code, reason)
+
+
+def _record_end(recipe: Recipe, exit_code: int, reason: str) -> None:
+    status = RunDir.of(recipe.name).status
+    state = "preempted" if exit_code == EXIT_PREEMPTED else "failed"
+    write_json(status, read_json(status) | {"state": state, "exit_code": exit_code, "reason": reason})

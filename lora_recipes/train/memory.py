@@ -13,25 +13,23 @@ from lora_recipes.model.machine import choose
 from lora_recipes.plan import DEVICE_BATCH, Estimate, config_of, half_the_rows, target_for, ways_out
 from lora_recipes.recipe import Recipe, load_recipe
 from lora_recipes.run_dir import RunDir
+from lora_recipes.train.checkpoints import numbered
 from lora_recipes.train.preflight import Ready
 from lora_recipes.train.record import write_status
 
 SUGGESTED = 3  # settings that a message names
 
-Training = Callable[[Recipe, Ready, bool], None]
+Training = Callable[[Recipe, Ready], None]
 
 
 class BatchTooLarge(MachineError):
     """Memory ran out within a batch."""
 
 
-def fitted(recipe: Recipe, ready: Ready, resume: bool, overrides: Sequence[str], train: Training) -> None:
+def fitted(recipe: Recipe, ready: Ready, overrides: Sequence[str], train: Training) -> None:
     """Train; each time memory runs out, again with smaller micro-batches and the same rows a step.
 
-    Goes on from the last complete checkpoint, or from the beginning where there is none.
-
-    Args:
-        train: trains a recipe: (recipe, ready, resume).
+    Goes on from the newest whole checkpoint, or from the beginning where there is none.
 
     Raises:
         MachineError: not even a micro-batch of one row fits.
@@ -39,7 +37,7 @@ def fitted(recipe: Recipe, ready: Ready, resume: bool, overrides: Sequence[str],
     words = list(overrides)
     while True:
         try:
-            return train(recipe, ready, resume)
+            return train(recipe, ready)
         except (RuntimeError, MemoryError, MachineError) as error:
             if not _ran_out(error):
                 raise
@@ -56,10 +54,9 @@ def fitted(recipe: Recipe, ready: Ready, resume: bool, overrides: Sequence[str],
         words += [f"{key}={value}" for key, value in settings.items()]
         recipe = load_recipe(recipe.path, words)
         run_dir = RunDir.of(recipe.name)
-        resume = bool(run_dir.complete_checkpoints())
         console.say(
             f"{said}\n--fit: {device} rows at a time x {accumulation} accumulation, {device * accumulation} rows a step as "
-            f"before; {'from the last checkpoint' if resume else 'from the beginning'}.",
+            f"before; {'from the last checkpoint' if numbered(run_dir.checkpoints) else 'from the beginning'}.",
             "yellow",
         )
         write_status(run_dir, fitted=settings)

@@ -1,17 +1,18 @@
 """What can be refused before anything heavy is imported, downloaded or loaded: run folder, machine, model source."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lora_recipes import console
 from lora_recipes.data.content import file_hash
 from lora_recipes.data.files import local_files, sources
-from lora_recipes.errors import RunError
 from lora_recipes.model.machine import Choices, choose
 from lora_recipes.model.source import Source, locate
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import Locked, RunDir
-from lora_recipes.trained import require_same_run
+from lora_recipes.train.changes import require_same_recipe, require_same_run
+from lora_recipes.train.checkpoints import numbered
+from lora_recipes.train.preemption import Stop
 
 
 @dataclass
@@ -19,34 +20,63 @@ class Ready:
     """What this machine makes of the recipe, where its model is, and the lock on the run folder (main process only).
 
     `opened` turns true when the run has begun: from then on a failure is written to its status.json.
+
+    Attributes:
+        accepted: names of what may be another than when the run was begun.
+        changed: what is another, and was accepted: name → line.
+        stop: whether this process was asked to end.
     """
 
     choices: Choices
     source: Source
     lock: Locked | None
     opened: bool = False
+    accepted: tuple[str, ...] = ()
+    changed: dict[str, str] = field(default_factory=dict)
+    stop: Stop = field(default_factory=Stop)
 
 
-def preflight(recipe: Recipe, *, resume: bool) -> Ready | None:
-    """Check that a run can begin; None when it has already ended and nothing is left to do.
+def preflight(recipe: Recipe, *, fresh: bool = False, accepted: tuple[str, ...] = ()) -> Ready | None:
+    """Check that a run can begin, or go on; None when it has already ended and nothing is left to do.
+
+    Args:
+        fresh: whatever is in the run folder is moved aside.
+        accepted: names of what may be another than when the run was begun.
 
     Raises:
         RunError: the run folder is in use, or was begun with other settings.
         MachineError: no GPU, no weights, a folder that cannot be written to.
     """
     run_dir = RunDir.of(recipe.name)
-    if resume:
-        require_same_run(recipe, run_dir, data_hashes(recipe))
-    if _already_complete(run_dir, recipe, resume):
-        return None
+    changed: dict[str, str] = {}
+    if not fresh:
+        if _already_complete(run_dir, recipe):
+            return None
+        if numbered(run_dir.checkpoints):  # without any the run starts at step 0: there is nothing to mix
+            changed = require_same_run(recipe, run_dir, data_hashes(recipe), accepted)
     choices = choose(recipe)
     source = locate(recipe)
-    run_dir.require_writable()
     lock = None
     if os.environ.get("RANK", "0") == "0":
+        run_dir.require_writable()
         lock = Locked(run_dir.lock)
         lock.acquire(wait=False)
-    return Ready(choices, source, lock)
+        if fresh:
+            lock = _moved_aside(run_dir, lock)
+    elif not fresh:  # where the folder is being moved nobody else writes
+        run_dir.require_writable()
+    return Ready(choices, source, lock, accepted=accepted, changed=changed)
+
+
+def _moved_aside(run_dir: RunDir, lock: Locked) -> Locked:
+    """The lock on an empty run folder, in place of the one that was there."""
+    if all(path == run_dir.lock for path in run_dir.root.iterdir()):
+        return lock
+    console.say(f"--fresh: what was in {run_dir.root} is now {run_dir.set_aside()}")
+    new = Locked(run_dir.lock)
+    new.acquire(wait=False)
+    lock.release()
+    return new
 
 
 def data_hashes(recipe: Recipe) -> dict[str, str]:
@@ -61,19 +91,14 @@ def data_hashes(recipe: Recipe) -> dict[str, str]:
     return {str(file): file_hash(file) for file in sorted(files)}
 
 
-def _already_complete(run_dir: RunDir, recipe: Recipe, resume: bool) -> bool:
-    """A finished run trains no more steps; a run folder in use is never overwritten."""
+def _already_complete(run_dir: RunDir, recipe: Recipe) -> bool:
+    """Whether this very run has been trained to its end. Raises RunError when another has."""
     published = run_dir.adapter if recipe.get("lora") else run_dir.merged  # full fine-tuning leaves a whole model
-    if published.is_dir():
-        if resume:
-            console.say(f"{run_dir.root} is complete: 0 steps to train. Next: lora-recipes generate {recipe.path}")
-            return True
-        raise RunError(
-            f"{published} exists: this recipe is trained. Nothing was changed. To train again, copy the recipe "
-            f"(lora-recipes new {recipe.path} NAME) or move {run_dir.root} away"
-        )
-    if run_dir.checkpoints.is_dir() and any(run_dir.checkpoints.iterdir()) and not resume:
-        raise RunError(
-            f"{run_dir.checkpoints} holds an unfinished run; add --resume to go on, or move {run_dir.root} away"
-        )
-    return False
+    if not published.is_dir():
+        return False
+    require_same_recipe(recipe, run_dir, data_hashes(recipe))
+    console.say(
+        f"{run_dir.root} is complete: 0 steps to train. Next: lora-recipes generate {recipe.path}; or train again with "
+        "--fresh, which moves this run aside"
+    )
+    return True

@@ -139,7 +139,6 @@ def _require_equal(folder: Path, weights: Mapping[str, torch.Tensor], model: Pre
 def _tidy(folder: Path, recipe: Recipe, run_dir: RunDir, base: Base) -> None:
     """What loads an adapter and says what it is: no pickle, no path of this machine, a config whose bytes do not vary
     between runs, a card that is true, and the base it belongs to."""
-    (folder / "training_args.bin").unlink(missing_ok=True)
     config = folder / "adapter_config.json"
     values = json.loads(config.read_text(encoding="utf-8"))
     for key in SETS:

@@ -5,19 +5,20 @@ import math
 import platform
 import sys
 import time
-from importlib.metadata import version
+from contextlib import suppress
 from typing import Any
+from uuid import uuid4
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_recipes import __version__
 from lora_recipes.errors import RefusedError
+from lora_recipes.model.identity import base_of
 from lora_recipes.model.machine import Choices
 from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
-from lora_recipes.run_dir import RunDir, read_json, text_sha256, write_json
-
-LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors")
+from lora_recipes.run_dir import RunDir, read_json, text_sha256, write_json, write_jsonl
+from lora_recipes.train.changes import library_versions
 
 
 def write_status(run_dir: RunDir, **changes: Any) -> None:
@@ -69,6 +70,15 @@ class RecordCallback(TrainerCallback):
             )
 
 
+def keep_metrics_until(run_dir: RunDir, step: int) -> None:
+    """A run that goes on from a step logs the later ones again."""
+    kept = []
+    with suppress(FileNotFoundError, ValueError):  # a kill can cut the last line off
+        for line in run_dir.metrics.read_text(encoding="utf-8").splitlines():
+            kept.append(json.loads(line))
+    write_jsonl(run_dir.metrics, [line for line in kept if line["step"] <= step])
+
+
 def _finite(value: Any) -> Any:
     """JSON has no NaN: written as text."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
@@ -83,30 +93,40 @@ def write_manifest(
     tokens: dict[str, str],
     audited: dict[str, Any],
     choices: Choices,
-    seed: int,
+    args: TrainingArguments,
+    accepted: dict[str, str] | None = None,
 ) -> None:
-    """manifest.json: what it takes to repeat this run. No environment variables, so no secrets."""
+    """manifest.json: what it takes to repeat this run. No environment variables, so no secrets.
+
+    Args:
+        accepted: None begins a new run; else this one goes on, with these changes.
+    """
+    known = {} if accepted is None else read_json(run_dir.manifest)
     resolved = json.dumps(recipe.plain(), sort_keys=True)
     write_json(
         run_dir.manifest,
         {
+            "run": known.get("run") or uuid4().hex,
             "recipe": {"file": str(recipe.path), "sha256": text_sha256(resolved)},
             "base": {
                 "source": source.kind,
                 "name": source.named,
                 "revision": recipe.get("model.revision"),
                 "sha256": source.sha256,
+                "weights_sha256": base_of(recipe, source).weights_sha256,
             },
             "data": data,
             "tokens": tokens,
             "audit": {key: value for key, value in audited.items() if key not in ("worst", "lengths")},
             "chat_template_sha256": text_sha256(template) if template else None,
-            "seed": seed,
+            "seed": args.seed,
+            "world_size": args.world_size,
+            "accepted_changes": [*known.get("accepted_changes", []), *(accepted or {}).values()],
             "chosen": {choice.what: choice.value for choice in choices.made},
             "versions": {
                 "lora-recipes": __version__,
                 "python": platform.python_version(),
-                **{name: version(name) for name in LIBRARIES},
+                **library_versions(),
             },
             "machine": {
                 "system": platform.system(),

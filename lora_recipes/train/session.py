@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainerState
 from trl import SFTConfig
 
@@ -14,20 +15,22 @@ from lora_recipes.data.load import LoadedData, load_data
 from lora_recipes.errors import MachineError, RecipeError, RefusedError, RunError, out_of_memory
 from lora_recipes.model.adapted import check_adapter, check_model
 from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer, model_config, refusals_of
+from lora_recipes.model.identity import base_of
 from lora_recipes.model.initialise import INITIAL, changes_base, keep_initial
 from lora_recipes.model.machine import Choices
 from lora_recipes.model.source import Source, materialise
 from lora_recipes.model.targets import Targets, find_targets
 from lora_recipes.recipe import Recipe
-from lora_recipes.run_dir import RunDir, published, write_text
+from lora_recipes.run_dir import RunDir, published, read_json, text_sha256, write_text
+from lora_recipes.train.changes import require_same_material
+from lora_recipes.train.checkpoints import newest_whole
 from lora_recipes.train.describe import describe
 from lora_recipes.train.memory import explained
 from lora_recipes.train.preflight import Ready, data_hashes
 from lora_recipes.train.probe import LongestFirst
 from lora_recipes.train.publish import publish
-from lora_recipes.train.record import RecordCallback, write_manifest, write_status
+from lora_recipes.train.record import RecordCallback, keep_metrics_until, write_manifest, write_status
 from lora_recipes.train.trainer import RecipeTrainer, build_trainer, refuse_sharded, training_arguments
-from lora_recipes.trained import require_same_tokens
 
 # Layers that read position ids; what else a config names as a layer type carries a state.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -43,8 +46,10 @@ RECURRENT_FIELDS = (
 CPU_PARAMETERS = 1_500_000_000
 
 
-def train(recipe: Recipe, ready: Ready, resume: bool) -> None:
+def train(recipe: Recipe, ready: Ready) -> None:
     """Train the recipe's adapter and publish it as `outputs/<name>/adapter`; without a `lora` section the whole model.
+
+    Goes on from the newest whole checkpoint of the run folder.
 
     Args:
         ready: what `preflight` found on this machine.
@@ -65,21 +70,24 @@ def train(recipe: Recipe, ready: Ready, resume: bool) -> None:
     _require_small_on_cpu(recipe, choices, targets)
     ends = end_token_ids(recipe, source, tokenizer)
     data = load_data(recipe, tokenizer, set(ends))
-    if resume:
-        require_same_tokens(recipe, run_dir, data.keys())
+    last = _last_checkpoint(recipe, run_dir)
+    if last is not None:
+        template = text_sha256(tokenizer.chat_template) if tokenizer.chat_template else None
+        weights = base_of(recipe, source).weights_sha256
+        ready.changed |= require_same_material(recipe, run_dir, data.keys(), template, weights, ready.accepted)
     report = audit(data, args.per_device_train_batch_size, _global_batch(args))
     require_sound(report)
     _refuse_leaking_stream(recipe, args, data, report["epoch_rows"])
-    last = _last_checkpoint(recipe, run_dir) if resume else None
     base = load_base(recipe, source, choices)
     trainer = build_trainer(recipe, args, choices, base, tokenizer, data, [RecordCallback(run_dir)], last)
     if last is not None and data.streams:
         _require_first_pass(recipe, last, _global_batch(args), report["epoch_rows"])
     if trainer.is_world_process_zero():
         describe(choices, trainer, data, report)
-        _open_run(recipe, run_dir, source, choices, trainer, tokenizer, data, report, last)
+        _open_run(recipe, run_dir, source, ready, trainer, tokenizer, data, report, last)
     ready.opened = True
     trainer.add_callback(LongestFirst(trainer, data))
+    trainer.stop, ready.stop.deferring = ready.stop, True
     try:
         _run(trainer, last)
     except (RuntimeError, MemoryError) as error:
@@ -132,7 +140,7 @@ def _open_run(
     recipe: Recipe,
     run_dir: RunDir,
     source: Source,
-    choices: Choices,
+    ready: Ready,
     trainer: RecipeTrainer,
     tokenizer: PreTrainedTokenizerBase,
     data: LoadedData,
@@ -141,7 +149,8 @@ def _open_run(
 ) -> None:
     write_evidence(run_dir, data, report)
     write_status(run_dir, state="running", exit_code=None, reason="training")
-    if last is None:  # a resumed run keeps the record of its beginning
+    keep_metrics_until(run_dir, _state(last).global_step if last else -1)
+    if last is None or ready.changed:  # else a run that goes on keeps the record of its beginning
         write_text(run_dir.recipe, json.dumps(recipe.plain(), indent=2, ensure_ascii=False) + "\n")
         write_manifest(
             run_dir,
@@ -151,9 +160,13 @@ def _open_run(
             data_hashes(recipe),
             data.keys(),
             report,
-            choices,
-            trainer.args.seed,
+            ready.choices,
+            trainer.args,
+            None if last is None else ready.changed,
         )
+    for line in ready.changed.values():
+        console.say(f"note: accepted: {line}", "yellow")
+    if last is None:
         write_status(run_dir, last_good_checkpoint=None)
         if changes_base(recipe.section("lora")):
             with published(run_dir.checkpoints / INITIAL) as staging:
@@ -161,22 +174,30 @@ def _open_run(
 
 
 def _last_checkpoint(recipe: Recipe, run_dir: RunDir) -> Path | None:
-    """The newest checkpoint that is complete and finite; older ones are tried in turn."""
-    for checkpoint in reversed(run_dir.complete_checkpoints()):
+    """The newest whole checkpoint, the same on all ranks. Raises RefusedError when none of those that are there is whole."""
+    said: list[Path | RefusedError | None] = [None]
+    if PartialState().is_main_process:
+        run = read_json(run_dir.manifest).get("run")
+        check = check_adapter if recipe.get("lora") else check_model
         try:
-            check_adapter(checkpoint) if recipe.get("lora") else check_model(checkpoint)
+            said[0] = newest_whole(run_dir.checkpoints, run, check, lambda line: console.say(line, "yellow"))
         except RefusedError as error:
-            console.say(f"Skipping {checkpoint}: {error}")
-        else:
-            console.say(f"Resuming from {checkpoint}.")
-            return checkpoint
-    console.say(f"Nothing to resume in {run_dir.checkpoints}: starting at step 0.")
-    return None
+            said[0] = error
+        if isinstance(said[0], Path):
+            console.say(f"Going on from {said[0]}.")
+    found = broadcast_object_list(said)[0]
+    if isinstance(found, RefusedError):
+        raise found
+    return found
+
+
+def _state(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
 def _require_first_pass(recipe: Recipe, last: Path, rows_a_step: int, rows: int) -> None:
     """A checkpoint does not say where a stream stands that has begun anew; within the first pass steps tell it."""
-    state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+    state = _state(last)
     if state.global_step < state.max_steps and state.global_step * rows_a_step >= rows:
         raise RunError(
             f"{last} lies in the second pass over a stream of {rows:,} rows, which cannot be resumed exactly; train again "
@@ -187,14 +208,16 @@ def _require_first_pass(recipe: Recipe, last: Path, rows_a_step: int, rows: int)
 def _run(trainer: RecipeTrainer, last: Path | None) -> None:
     """Train to the last step. A checkpoint of the last step is only loaded: the Trainer would add a step to it."""
     if last is not None:
-        state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+        state = _state(last)
         if state.global_step >= state.max_steps:
             trainer._load_from_checkpoint(str(last))
             trainer.state = state
+            if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+                trainer._load_best_model()
             return
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     if trainer.state.global_step < trainer.state.max_steps:
         raise RunError(
             f"training stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; nothing is published. "
-            "Launch again with --resume"
+            "The same command goes on"
         )

@@ -11,7 +11,7 @@ import numpy
 import torch
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from lora_recipes.data.load import LoadedData
 from lora_recipes.data.masks import IGNORED
@@ -33,12 +33,13 @@ from lora_recipes.model.precision import cast_frozen
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir
 from lora_recipes.train.optimizers import OPTIMIZER_KEYS, adapter_optimizer, freeze_what_never_moves
+from lora_recipes.train.saving import SavingTrainer
 
 # Read by lora_recipes.data and lora_recipes.model.build, which hand SFTTrainer finished tokens and labels.
 CONSUMED = ("assistant_only_loss", "completion_only_loss", "dataset_text_field", "chat_template_path")
 
 
-class RecipeTrainer(SFTTrainer):
+class RecipeTrainer(SavingTrainer):
     """SFTTrainer, with steps that on a CPU compute no padding and score no masked position, and PEFT's optimizers.
 
     Attributes:

@@ -760,11 +760,12 @@ def test_d27_a_data_file_that_changed_between_runs_is_refused(recipe_on: Callabl
     run_dir = RunDir.of(recipe.name)
     write_json(run_dir.manifest, {"data": data_hashes(recipe)})
     write_text(run_dir.recipe, json.dumps(recipe.plain()))
-    assert preflight(recipe, resume=True) is not None
+    (run_dir.checkpoints / "checkpoint-1").mkdir(parents=True)
+    assert preflight(recipe) is not None
     with (workdir / "rows.jsonl").open("a") as stream:
         stream.write("\n")
     with pytest.raises(RunError, match=r"rows\.jsonl: the file has changed") as caught:
-        preflight(recipe, resume=True)
+        preflight(recipe)
     assert caught.value.exit_code == 2
 
 

@@ -174,7 +174,7 @@ def test_fit_halves_the_micro_batch_and_keeps_the_rows_of_a_step(
     assert status["fitted"] == {"training.per_device_train_batch_size": 2, "training.gradient_accumulation_steps": 2}
     if not from_step:
         assert adapter("fitted") == adapter("small")
-    assert launch(str(path), [], resume=True) == 0  # complete, under the recipe as it is written
+    assert launch(str(path), []) == 0  # complete, under the recipe as it is written
 
 
 def test_fit_gives_up_at_one_row(

@@ -196,7 +196,7 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(name: str, write_recip
     shutil.rmtree((run_dir.root / result).parent)
     for step in (3, 4):
         shutil.rmtree(run_dir.checkpoints / f"checkpoint-{step}")
-    assert launch(str(path), [], resume=True) == 0
+    assert launch(str(path), []) == 0
     one, other = (load_file(RunDir.of(which).root / result) for which in ("whole", "cut"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
@@ -210,7 +210,7 @@ def test_without_the_first_adapter_a_split_run_is_not_resumed(
     run_dir = RunDir.of("tiny")
     shutil.rmtree(run_dir.adapter)
     shutil.rmtree(run_dir.checkpoints / INITIAL)
-    assert launch(str(path), [], resume=True) == 2
+    assert launch(str(path), []) == 2
     assert "the adapter as it was made is gone" in capsys.readouterr().err
 
 
@@ -366,8 +366,7 @@ def test_full_fine_tuning_moves_every_weight_and_leaves_a_whole_model(
     assert found["gates"]["merge_parity"] is True and "merged_equals_adapter" not in found["gates"]
     assert main(["merge", str(path)]) == 2
     assert "nothing to merge" in capsys.readouterr().err
-    assert launch(str(path), []) == 2  # trained already
-    assert launch(str(path), [], resume=True) == 0  # 0 steps
+    assert launch(str(path), []) == 0  # 0 steps
 
 
 def test_full_fine_tuning_of_16_bit_weights_says_what_it_loses(

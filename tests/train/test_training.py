@@ -25,6 +25,7 @@ from lora_recipes.train import launch
 from lora_recipes.train.record import write_status
 from lora_recipes.train.trainer import RecipeTrainer, build_trainer, training_arguments
 from tests.conftest import NF4, ROOT
+from tests.train.runs import cut_off, reseal
 
 
 def make_trainer(path: Path, *overrides: str) -> RecipeTrainer:
@@ -215,16 +216,13 @@ def test_resume_goes_on_to_the_same_adapter_and_a_complete_run_trains_no_more(
         file.unlink()
     run_dir.adapter.rmdir()
     (run_dir.checkpoints / "checkpoint-4" / "trainer_state.json").unlink()
-    assert run_dir.complete_checkpoints() == [run_dir.checkpoints / "checkpoint-2"]
 
-    assert launch(str(torn), []) == 2  # without --resume an unfinished run is left alone
-    assert launch(str(torn), [], resume=True) == 0
+    assert launch(str(torn), []) == 0
     weights = [RunDir.of(name).adapter / "adapter_model.safetensors" for name in ("whole", "torn")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
     stamp = weights[1].stat().st_mtime_ns
-    assert launch(str(torn), [], resume=True) == 0
-    assert launch(str(torn), []) == 2
+    assert launch(str(torn), []) == 0
     assert weights[1].stat().st_mtime_ns == stamp
 
 
@@ -236,7 +234,7 @@ def test_a_stream_is_not_resumed_in_its_second_pass(write_recipe: Callable[..., 
     assert launch(str(path), []) == 0
     cut_off(RunDir.of("tiny"))
     shutil.rmtree(RunDir.of("tiny").checkpoints / "checkpoint-10")
-    assert launch(str(path), [], resume=True) == 2
+    assert launch(str(path), []) == 2
     assert "second pass" in capsys.readouterr().err
 
 
@@ -248,18 +246,13 @@ def test_a_stream_with_accumulation_makes_one_pass_at_most(
     assert "training.max_steps=3" in capsys.readouterr().err
 
 
-def cut_off(run_dir: RunDir) -> None:
-    """As if killed after the last checkpoint and before the adapter was published."""
-    shutil.rmtree(run_dir.adapter)
-
-
 def test_a_last_step_that_was_saved_is_published_without_training_more(write_recipe: Callable[..., Path]):
     path = write_recipe(training={"save_strategy": "steps", "save_steps": 3})
     assert launch(str(path), []) == 0
     run_dir = RunDir.of("tiny")
     weights = (run_dir.adapter / "adapter_model.safetensors").read_bytes()
     cut_off(run_dir)
-    assert launch(str(path), [], resume=True) == 0
+    assert launch(str(path), []) == 0
     assert (run_dir.adapter / "adapter_model.safetensors").read_bytes() == weights
     assert read_json(run_dir.status)["step"] == 3
 
@@ -271,10 +264,10 @@ def test_resuming_with_other_settings_is_refused_with_the_difference(
     path = write_recipe(training={"save_strategy": "steps", "save_steps": 1})
     assert launch(str(path), []) == 0
     kept = RunDir.of("tiny").recipe.read_text()
-    assert launch(str(path), [word], resume=True) == 2  # complete
+    assert launch(str(path), [word]) == 2  # complete
     cut_off(RunDir.of("tiny"))
     capsys.readouterr()
-    assert launch(str(path), [word], resume=True) == 2  # unfinished
+    assert launch(str(path), [word]) == 2  # unfinished
     key, _, value = word.partition("=")
     assert f"{key}: " in capsys.readouterr().err and value
     assert RunDir.of("tiny").recipe.read_text() == kept
@@ -288,7 +281,7 @@ def test_resuming_on_changed_data_is_refused(write_recipe: Callable[..., Path], 
     cut_off(RunDir.of("tiny"))
     lines = (workdir / "mine.jsonl").read_text().splitlines()
     (workdir / "mine.jsonl").write_text("\n".join(lines[:-1]) + "\n")
-    assert launch(str(path), [], resume=True) == 2
+    assert launch(str(path), []) == 2
 
 
 def test_resuming_with_another_file_under_a_pattern_is_refused(
@@ -300,7 +293,7 @@ def test_resuming_with_another_file_under_a_pattern_is_refused(
     assert launch(str(path), []) == 0
     cut_off(RunDir.of("tiny"))
     shutil.copy(tiny_data["heldout"], workdir / "part-2.jsonl")
-    assert launch(str(path), [], resume=True) == 2
+    assert launch(str(path), []) == 2
     assert "part-2.jsonl: the file is new" in capsys.readouterr().err
 
 
@@ -314,8 +307,8 @@ def test_resuming_with_another_template_of_the_model_is_refused(
     cut_off(RunDir.of("tiny"))
     template = workdir / "m" / "chat_template.jinja"
     template.write_text("{# changed #}" + template.read_text())
-    assert launch(str(path), [], resume=True) == 2
-    assert "other tokens in dataset" in capsys.readouterr().err
+    assert launch(str(path), []) == 2
+    assert "template: the chat template has changed" in capsys.readouterr().err
 
 
 def test_a_share_that_was_trained_on_is_not_scored(write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture):
@@ -347,9 +340,11 @@ def test_a_checkpoint_without_optimizer_or_with_nan_is_not_resumed(
     tensors[sorted(tensors)[0]][0, 0] = float("nan")
     save_file(tensors, weights, {"format": "pt"})
     capsys.readouterr()
-    assert launch(str(path), [], resume=True) == 0
+    reseal(run_dir.checkpoints / "checkpoint-3")
+    assert launch(str(path), []) == 0
     shown = capsys.readouterr().err
-    assert "Skipping" in shown and "Resuming from outputs/tiny/checkpoints/checkpoint-2" in shown
+    assert "optimizer.pt is gone" in shown and "holds NaN or infinity" in shown
+    assert "Going on from outputs/tiny/checkpoints/checkpoint-2" in shown
     assert (run_dir.adapter / "adapter_model.safetensors").read_bytes() == expected
 
 

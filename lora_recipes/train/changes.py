@@ -1,0 +1,146 @@
+"""What has changed since a run was begun, and what of it may: going on must never mix two runs in silence."""
+
+import os
+import re
+from collections.abc import Collection
+from importlib.metadata import version
+
+from lora_recipes.errors import RefusedError, RunError
+from lora_recipes.recipe import Recipe
+from lora_recipes.run_dir import RunDir, read_json
+from lora_recipes.trained import RUN_KEYS, changed_keys
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors")
+# Keys of the recipe that say what is shown, kept and measured, not what is learnt.
+FREE = re.compile(
+    r"training\.(logging_.*|save_(steps|strategy|total_limit)|eval_.*|per_device_eval_batch_size|report_to|run_name"
+    r"|project|trackio_.*|disable_tqdm|log_.*)"
+)
+BOUND = re.compile(r"(model|quantization|lora)\..*")  # what the weights in a checkpoint fit
+
+
+def library_versions() -> dict[str, str]:
+    """Of the libraries whose code decides what is learnt."""
+    return {name: version(name) for name in LIBRARIES}
+
+
+def world_size() -> int:
+    """Processes of this launch."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def require_same_recipe(recipe: Recipe, run_dir: RunDir, data: dict[str, str]) -> None:
+    """Raises RunError, with the differences, when a finished run was trained by another recipe or on other data."""
+    found = _of_recipe(recipe, run_dir) | _of_data(run_dir, data)
+    if found:
+        raise RunError(
+            f"{run_dir.root} is trained, with other settings:\n{_lines(found)}\nput them back, train again with --fresh (what "
+            f"is there is moved aside), or under another name (lora-recipes new {recipe.path} NAME)"
+        )
+
+
+def require_same_run(
+    recipe: Recipe, run_dir: RunDir, data: dict[str, str], accepted: Collection[str] = ()
+) -> dict[str, str]:
+    """Hold a run that was begun against what is asked now, before anything heavy is imported.
+
+    Args:
+        data: sha256 of each local data file now.
+        accepted: what may be another all the same, by the names in the message.
+
+    Returns:
+        What is another and was accepted: name → line.
+
+    Raises:
+        RunError: anything else differs.
+    """
+    manifest = read_json(run_dir.manifest)
+    found = _of_recipe(recipe, run_dir) | _of_data(run_dir, data)
+    ranks = manifest.get("world_size", world_size())
+    if ranks != world_size():
+        found["world_size"] = f"world_size: {ranks} processes then, {world_size()} now"
+    versions = library_versions()
+    for name, then in manifest.get("versions", {}).items():
+        if name in versions and then != versions[name]:
+            found[f"versions.{name}"] = f"versions.{name}: {then} then, {versions[name]} now"
+    return _settled(recipe, run_dir, found, accepted)
+
+
+def require_same_material(
+    recipe: Recipe,
+    run_dir: RunDir,
+    tokens: dict[str, str],
+    template: str | None,
+    base: str,
+    accepted: Collection[str] = (),
+) -> dict[str, str]:
+    """The second half of `require_same_run`: what takes the tokenizer and the base to know.
+
+    Args:
+        tokens: split → hash of its content, template, tokenizer and settings.
+        template: sha256 of the chat template.
+        base: sha256 of the base's weights.
+
+    Raises:
+        RefusedError: the base has other weights.
+    """
+    manifest = read_json(run_dir.manifest)
+    before = manifest.get("base", {}).get("weights_sha256", base)
+    if before != base:
+        raise RefusedError(
+            f"{run_dir.root} was begun on other weights of the base (sha256 {before[:12]} then, {base[:12]} now); its "
+            "checkpoints fit them alone. Put them back, or start over with --fresh"
+        )
+    found = {}
+    if manifest.get("chat_template_sha256", template) != template:
+        found["template"] = "template: the chat template has changed"
+    old = manifest.get("tokens", tokens)
+    changed = [name for name in sorted(old.keys() | tokens.keys()) if old.get(name) != tokens.get(name)]
+    explained = {"data", "template"} & set(accepted)
+    if changed and not explained:
+        found["tokens"] = (
+            f"tokens: other tokens in {', '.join(changed)}; data, chat template, tokenizer or the code that reads them "
+            "have changed"
+        )
+    return _settled(recipe, run_dir, found, accepted)
+
+
+def _of_recipe(recipe: Recipe, run_dir: RunDir) -> dict[str, str]:
+    changed = changed_keys(recipe, run_dir, RUN_KEYS)
+    return {key: line for key, line in changed.items() if not FREE.fullmatch(key)}
+
+
+def _of_data(run_dir: RunDir, data: dict[str, str]) -> dict[str, str]:
+    before = read_json(run_dir.manifest).get("data", data)
+    said = {None: "is new"}
+    lines = [
+        f"data: {file}: the file {said.get(before.get(file), 'has changed' if file in data else 'is gone')}"
+        for file in sorted(before.keys() | data.keys())
+        if before.get(file) != data.get(file)
+    ]
+    return {"data": "\n  ".join(lines)} if lines else {}
+
+
+def _settled(recipe: Recipe, run_dir: RunDir, found: dict[str, str], accepted: Collection[str]) -> dict[str, str]:
+    refused = {
+        name: line
+        for name, line in found.items()
+        if BOUND.fullmatch(name) or not set(name.split(" x ")) & set(accepted)
+    }
+    if refused:
+        bound = [name for name in refused if BOUND.fullmatch(name)]
+        names = ",".join(name.split(" x ")[0] for name in refused)
+        raise RunError(
+            f"{run_dir.root} was begun with other settings:\n{_lines(refused)}\nput them back to go on, start over with "
+            f"--fresh (what is there is moved aside), or train under another name (lora-recipes new {recipe.path} NAME). "
+            + (
+                f"{bound[0]} can not change within a run: the checkpoints fit what it was"
+                if bound
+                else f"To go on all the same: --accept-changes {names}"
+            )
+        )
+    return found
+
+
+def _lines(found: dict[str, str]) -> str:
+    return "\n".join(f"  {line}" for line in found.values())

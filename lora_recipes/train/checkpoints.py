@@ -1,0 +1,192 @@
+"""Checkpoints on disk: written aside, hashed, synced and shown by one rename; found again by their hashes.
+
+A checkpoint is whole when its manifest.json, which is written last, names every file with its size and sha256. Its pickles
+(optimizer.pt, scheduler.pt, scaler.pt, rng_state*.pth) hold tensors and numbers and are loaded with `weights_only`.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_recipes.errors import LoraRecipesError, MachineError, RefusedError
+from lora_recipes.run_dir import FEWEST_CHECKPOINTS, file_sha256, fsync, read_json, write_json, write_text
+
+MANIFEST = "manifest.json"
+LATEST = "latest"  # names the newest checkpoint
+STAGING = ".saving"  # in the folder of checkpoints; what is in it is not whole
+NAME = re.compile(r"checkpoint-(\d+)")
+# Of the run's own manifest.json: what a checkpoint says of the run that it belongs to.
+IDENTITY = ("run", "recipe", "base", "data", "tokens", "chat_template_sha256", "seed", "world_size", "versions")
+
+
+def numbered(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of everything called like a checkpoint, newest first."""
+    found = ((NAME.fullmatch(path.name), path) for path in folder.glob("checkpoint-*"))
+    return sorted(((int(name[1]), path) for name, path in found if name), reverse=True)
+
+
+def publish_checkpoint(
+    staging: Path, step: int, manifest: dict[str, Any], world_size: int, *, owes_evaluation: bool = False
+) -> Path:
+    """Make what the Trainer wrote into `folder/.saving/checkpoint-N` the run's newest checkpoint, `folder/checkpoint-N`.
+
+    Args:
+        manifest: of the run.
+        owes_evaluation: the run was stopped before, or in, the evaluation after this step.
+
+    Raises:
+        MachineError: a rank's random state is not there: the nodes do not share the folder.
+    """
+    folder = staging.parent.parent
+    _require_all_ranks(staging, world_size)
+    files = {}
+    for file in _files(staging):
+        file.chmod(0o644)  # safetensors writes mode 0600
+        fsync(file)
+        files[file.relative_to(staging).as_posix()] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+    known = {key: manifest[key] for key in IDENTITY if key in manifest}
+    write_json(staging / MANIFEST, {"step": step, "owes_evaluation": owes_evaluation, **known, "files": files})
+    for inner in [path for path in staging.rglob("*") if path.is_dir()]:
+        fsync(inner)
+    fsync(staging)
+    final = folder / staging.name
+    if final.exists():
+        _make_way(final, known.get("run"))
+    staging.rename(final)
+    fsync(folder)
+    write_text(folder / LATEST, f"{final.name}\n")
+    fsync(folder)
+    shutil.rmtree(folder / STAGING, ignore_errors=True)
+    return final
+
+
+def _require_all_ranks(staging: Path, world_size: int) -> None:
+    ranks = [f"rng_state_{rank}.pth" for rank in range(world_size)] if world_size > 1 else ["rng_state.pth"]
+    missing = [name for name in ("trainer_state.json", *ranks) if not (staging / name).is_file()]
+    if missing:
+        raise MachineError(
+            f"{staging}: {missing[0]} was not written here; all nodes must share the working folder, see docs/reliability.md"
+        )
+
+
+def _make_way(final: Path, run: str | None) -> None:
+    """A broken checkpoint of this run, from before the one it went on from, is replaced; a stranger's is moved aside."""
+    theirs = _manifest(final)
+    if theirs is None or theirs.get("run") == run:
+        _delete(final)
+        return
+    number = 1
+    while (aside := final.with_name(f"{final.name}.old-{number}")).exists():
+        number += 1
+    final.rename(aside)
+
+
+def _delete(checkpoint: Path) -> None:
+    """Under another name first: whatever ends this, no checkpoint is left in halves."""
+    gone = checkpoint.with_name(f".{checkpoint.name}.deleting")
+    shutil.rmtree(gone, ignore_errors=True)
+    checkpoint.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def retain(folder: Path, run: str | None, limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints of this run above a limit, which is at least two. The best and the newest stay.
+
+    Args:
+        limit: None keeps all.
+        best: path of the best one, where the recipe asks for it.
+    """
+    for gone in folder.glob(".checkpoint-*.deleting"):
+        shutil.rmtree(gone, ignore_errors=True)
+    if limit is None:
+        return
+    whole = [path for _, path in numbered(folder) if why_broken(path, run, hashed=False) is None]
+    pinned = [path for path in whole if path is whole[0] or (best and path.name == Path(best).name)]
+    others = [path for path in whole if path not in pinned]
+    for checkpoint in others[max(limit, FEWEST_CHECKPOINTS) - len(pinned) :]:
+        _delete(checkpoint)
+
+
+def newest_whole(
+    folder: Path, run: str | None, check: Callable[[Path], Any], skipped: Callable[[str], None]
+) -> Path | None:
+    """The newest checkpoint of a run that is whole, hashes and all; None when nothing was saved yet.
+
+    Args:
+        check: raises RefusedError for weights that are not sound.
+        skipped: told of each newer one, and why it was passed over.
+
+    Raises:
+        RefusedError: there are checkpoints, and none is whole.
+    """
+    found = numbered(folder)
+    for _, checkpoint in found:
+        reason = why_broken(checkpoint, run)
+        if reason is None:
+            try:
+                check(checkpoint)
+            except LoraRecipesError as error:
+                reason = str(error)
+        if reason is None:
+            return checkpoint
+        skipped(f"Skipping {checkpoint}: {reason}")
+    if found:
+        raise RefusedError(
+            f"{folder}: none of {len(found)} checkpoint{'s' * (len(found) > 1)} is whole, see above; put one back, or start "
+            "over with --fresh, which moves this run aside"
+        )
+    return None
+
+
+def why_broken(checkpoint: Path, run: str | None, *, hashed: bool = True) -> str | None:
+    """What is wrong with a checkpoint; None when it is whole and of this run.
+
+    Args:
+        hashed: compare contents, not only sizes.
+    """
+    manifest = _manifest(checkpoint)
+    if manifest is None:
+        return f"{MANIFEST} is missing or cannot be read; the save was cut off, or this is no checkpoint of ours"
+    if manifest.get("run") != run:
+        return f"it belongs to another run ({manifest.get('run')}, this one is {run})"
+    if f"checkpoint-{manifest.get('step')}" != checkpoint.name:
+        return f"it was saved at step {manifest.get('step')}"
+    there = {file.relative_to(checkpoint).as_posix(): file for file in _files(checkpoint)}
+    for name in there.keys() - manifest["files"].keys():
+        return f"{name} was put there later"
+    for name, known in manifest["files"].items():
+        if name not in there:
+            return f"{name} is gone"
+        if there[name].is_symlink():
+            return f"{name} is a link"
+        size = there[name].stat().st_size
+        if size != known["bytes"]:
+            return f"{name} has {size:,} bytes, {known['bytes']:,} were saved"
+        if hashed and file_sha256(there[name]) != known["sha256"]:
+            return f"{name} is not what was saved (sha256)"
+    return None
+
+
+def _manifest(checkpoint: Path) -> dict[str, Any] | None:
+    try:
+        found = read_json(checkpoint / MANIFEST)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else None
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files but the manifest and hidden ones, which file systems leave."""
+    for parent, _, names in os.walk(folder):
+        for name in sorted(names):
+            path = Path(parent, name)
+            if not name.startswith(".") and path != folder / MANIFEST:
+                yield path
+
+
+def owes_evaluation(checkpoint: Path) -> bool:
+    """Whether the run was stopped before, or in, the evaluation after this checkpoint's step."""
+    return bool((_manifest(checkpoint) or {}).get("owes_evaluation"))
