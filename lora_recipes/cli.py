@@ -35,6 +35,7 @@ ONLY_FOR = {
     "--adapters": "merge",
     "--method": "merge",
     "--dry_run": "push",
+    "--allow-pickle": "train generate chat evaluate",
 }
 EXIT_CODES = "0 done, 2 recipe or data wrong, 3 machine lacks something, 4 refused, 1 a bug of ours"
 
@@ -95,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapters", nargs="+", metavar="NAME=WEIGHT", help="merge: several adapters, weighted")
     parser.add_argument("--method", choices=COMBINATIONS, help="merge: how --adapters are combined (svd)")
     parser.add_argument("--dry_run", action="store_true", help="push: say what would be uploaded, send nothing")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="load a base that is no safetensors: pickles can run code"
+    )
     parser.add_argument("-n", type=_count, metavar="N", help="preview: how many rows (5)")
     parser.add_argument("--row", type=_count, metavar="K", help="preview: the training row with this number, from 1")
     parser.add_argument("--html", action="store_true", help="preview: also write the rows to outputs/NAME/preview.html")
@@ -121,7 +125,7 @@ def _rate(text: str) -> float:
 
 def _require_own_options(args: argparse.Namespace) -> None:
     for option, verbs in ONLY_FOR.items():
-        if getattr(args, option.lstrip("-")) not in (None, False) and args.verb not in verbs.split():
+        if getattr(args, option.lstrip("-").replace("-", "_")) not in (None, False) and args.verb not in verbs.split():
             owners = " and ".join(f"`{verb}`" for verb in verbs.split())
             raise RunError(f"`{option}` belongs to {owners} and has no meaning for `{args.verb}`; leave it out")
 
@@ -129,7 +133,7 @@ def _require_own_options(args: argparse.Namespace) -> None:
 def _recipe(args: argparse.Namespace) -> Recipe:
     if args.recipe is None:
         raise RunError(f"`{args.verb}` needs a recipe: lora-recipes {args.verb} recipes/NAME.yaml")
-    return load_recipe(args.recipe, args.words)
+    return load_recipe(args.recipe, args.words, allow_pickle=args.allow_pickle)
 
 
 def _failed(error: LoraRecipesError, args: argparse.Namespace) -> int:
@@ -217,7 +221,9 @@ def train(args: argparse.Namespace) -> int:
 
     recipe = _recipe(args)
     command = [sys.executable, *process.launcher(args.config_file), "lora_recipes.train", args.recipe, *args.words]
-    command += [flag for flag in ("--resume", "--fit", "--debug") if getattr(args, flag[2:])]
+    command += [
+        flag for flag in ("--resume", "--fit", "--debug", "--allow-pickle") if getattr(args, flag[2:].replace("-", "_"))
+    ]
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "outcome.json"
         ended = subprocess.run(command, check=False, env=os.environ | {OUTCOME_FILE: str(told)}, stdout=sys.stderr)

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lora_recipes"
 # A room is a module or a folder of the package; `__init__` is the package itself.
 LAYERS = [
-    {"__init__", "errors"},
+    {"__init__", "errors", "redact"},
     {"recipe", "run_dir", "console", "process"},
     {"data", "model", "score", "judge", "introspect"},
     {"plan", "trained", "verdict"},

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,15 +21,17 @@ class Recipe:
 
     Attributes:
         overrides: the `section.key=value` words that are in `values` and not in the file.
+        allow_pickle: said on the command line, never in a file: a base whose weights are no safetensors may be loaded.
     """
 
     path: Path
     values: Mapping[str, Any]
     origins: Mapping[str, Origin]
     overrides: tuple[str, ...] = ()
+    allow_pickle: bool = False
 
     def __reduce__(self) -> Any:  # mapping proxies cannot be pickled, and data loader workers need a recipe
-        return _unpickled, (self.path, self.plain(), dict(self.origins), self.overrides)
+        return _unpickled, (self.path, self.plain(), dict(self.origins), self.overrides, self.allow_pickle)
 
     @property
     def name(self) -> str:
@@ -78,20 +80,21 @@ class Recipe:
             section[last] = value
             if not path and value is None:
                 del section[last]
-        return Recipe(self.path, _freeze(plain), self.origins, self.overrides)
+        return replace(self, values=_freeze(plain))
 
     def plain(self) -> dict[str, Any]:
         """The resolved recipe as plain dicts, lists and scalars."""
         return _thaw(self.values)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, allow_pickle: bool = False) -> Recipe:
     """Read, resolve and check a recipe.
 
     Args:
         path: a YAML file.
         overrides: `section.key=value` words; the value is read by the same rules as the file's. `dataset.0.key=value`
             reaches into the first source of a mixture.
+        allow_pickle: `Recipe.allow_pickle`.
 
     Raises:
         InvalidRecipe: every problem of the recipe in one message, each as `file:line:column: key, what, what to do`.
@@ -107,7 +110,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     problems += problems_in(root, str(path))
     if problems:
         raise InvalidRecipe(in_place_order(problems))
-    return _recipe(path, root, overrides)
+    return replace(_recipe(path, root, overrides), allow_pickle=allow_pickle)
 
 
 def name_problems(path: Path) -> list[Problem]:
@@ -230,8 +233,10 @@ def _recipe(path: Path, root: Node, overrides: Sequence[str]) -> Recipe:
     return Recipe(path, _freeze(root.plain()), MappingProxyType(origins), tuple(overrides))
 
 
-def _unpickled(path: Path, values: dict[str, Any], origins: dict[str, Origin], overrides: tuple[str, ...]) -> Recipe:
-    return Recipe(path, _freeze(values), MappingProxyType(origins), overrides)
+def _unpickled(
+    path: Path, values: dict[str, Any], origins: dict[str, Origin], overrides: tuple[str, ...], allow_pickle: bool
+) -> Recipe:
+    return Recipe(path, _freeze(values), MappingProxyType(origins), overrides, allow_pickle)
 
 
 def _freeze(value: Any) -> Any:

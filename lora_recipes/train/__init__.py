@@ -34,10 +34,19 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="when memory runs out, go on with smaller micro-batches and the same rows a step",
     )
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="load a base that is no safetensors: pickles can run code"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_intermixed_args(arguments)
     return launch(
-        args.recipe, args.overrides, resume=args.resume, fit=args.fit, debug=args.debug, alone=arguments is None
+        args.recipe,
+        args.overrides,
+        resume=args.resume,
+        fit=args.fit,
+        debug=args.debug,
+        allow_pickle=args.allow_pickle,
+        alone=arguments is None,
     )
 
 
@@ -48,6 +57,7 @@ def launch(
     resume: bool = False,
     fit: bool = False,
     debug: bool = False,
+    allow_pickle: bool = False,
     alone: bool = False,
 ) -> int:
     """Train a recipe and return the exit code; a failure of a run that had begun is in status.json too.
@@ -61,7 +71,7 @@ def launch(
 
     recipe, ready = None, None
     try:
-        recipe = load_recipe(recipe_path, overrides)
+        recipe = load_recipe(recipe_path, overrides, allow_pickle=allow_pickle)
         if fit:
             require_one_process()
         if alone:

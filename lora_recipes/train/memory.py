@@ -54,7 +54,7 @@ def fitted(recipe: Recipe, ready: Ready, resume: bool, overrides: Sequence[str],
             "training.gradient_accumulation_steps": accumulation,
         }
         words += [f"{key}={value}" for key, value in settings.items()]
-        recipe = load_recipe(recipe.path, words)
+        recipe = load_recipe(recipe.path, words, allow_pickle=recipe.allow_pickle)
         run_dir = RunDir.of(recipe.name)
         resume = bool(run_dir.complete_checkpoints())
         console.say(
