@@ -618,6 +618,18 @@ RULE_CASES = [
         "model.trust_remote_code",
     ),
     (
+        "_remote_code",
+        ["model.attn_implementation=kernels-community/flash-attn3"],
+        [f"model.attn_implementation=kernels-community/flash-attn3@{COMMIT}"],
+        "model.attn_implementation",
+    ),
+    (
+        "_remote_code",
+        ["model.use_safetensors=false"],
+        ["model.use_safetensors=true"],
+        "model.use_safetensors",
+    ),
+    (
         "_merge_base",
         ["merge.base=dequantized"],
         ["merge.base=dequantized", "quantization.load_in_4bit=true"],
@@ -785,7 +797,7 @@ RULE_CASES = [
 def test_a_rule_between_keys_holds(tmp_path: Path, rule: str, breaks: list[str], holds: list[str], key: str) -> None:
     error = refusal(tmp_path, "", *breaks)
     assert key in [problem.key for problem in error.problems]
-    assert error.exit_code == (EXIT_REFUSED if rule == "_unsafe_files" else EXIT_USER)
+    assert error.exit_code == (EXIT_REFUSED if rule in ("_unsafe_files", "_remote_code") else EXIT_USER)
     load_recipe(tmp_path / "r.yaml", holds)
 
 
