@@ -12,7 +12,7 @@ GROWTH = 20  # times the text of the messages: a template may write it as JSON
 KEPT = 256  # forms of dialogue whose frames are remembered
 PLACE = "\ue000{}\ue001"  # stands for a message's text; no template and no data has these characters
 PLACES = re.compile("\ue000(\\d+)\ue001")
-WORDS = re.compile(r"[^\W\d_]{2,}(?:[^\S\n]+[^\W\d_]{2,}){2,}")  # three words in a row: not the name of a role
+WORDS = re.compile(r"[^\W\d_]+(?:[,.:;]?[^\S\n]+[^\W\d_]+){2,}")  # three words in a row: not the name of a role
 CHATS = (("user",), ("user", "assistant"), ("user", "assistant", "user", "assistant"))
 
 Render = Callable[[list[Message], Conversation], str]

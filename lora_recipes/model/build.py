@@ -1,6 +1,7 @@
 """Tokenizer, configs and base model, built from the recipe's sections by the classes that own them."""
 
 import dataclasses
+import pickle
 import typing
 import warnings
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from lora_recipes.model.folder import require_intact
 from lora_recipes.model.machine import Choices
 from lora_recipes.model.precision import let_go_of_file
 from lora_recipes.model.safe import require_safe_config, require_safe_folder
+from lora_recipes.model.sound import require_whole
 from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
 from lora_recipes.recipe.vocabulary import OWNERS
@@ -45,7 +47,17 @@ def refusals_of(recipe: Recipe, section: str) -> Iterator[None]:
         yield
     except LoraRecipesError:
         raise
+    except pickle.UnpicklingError as error:
+        raise RefusedError(
+            f"{recipe.where(section)}: the weights are a pickle that holds more than tensors, and may be an attack; nothing of it "
+            "was run"
+        ) from error
     except RuntimeError as error:
+        if "ignore_mismatched_sizes" in str(error):
+            where = recipe.where("model.pretrained_model_name_or_path")
+            raise RefusedError(
+                f"{where}: the weights have other shapes than config.json says (listed above); get the model again"
+            ) from error
         if "to be installed" not in str(error):  # a tracker of `report_to`; anything else is no refusal
             raise
         raise RecipeError(f"{recipe.where(section)}: `{section}`: {error}") from error
@@ -223,7 +235,11 @@ def load_base(
     elif config is not None or PartialState().distributed_type == DistributedType.NO:
         keywords.setdefault("device_map", {"": PartialState().local_process_index})
     with refusals_of(recipe, "model"):
-        model = AutoModelForCausalLM.from_pretrained(source.location, quantization_config=config, **keywords)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source.location, quantization_config=config, output_loading_info=True, **keywords
+        )
+    if PartialState().is_local_main_process:  # of a sharded model the others hold parts
+        require_whole(model, loading, source.named)
     keep_canonical_4bit(model)
     if config is not None and choices.device == "cpu":
         let_go_of_file(model.parameters())

@@ -12,6 +12,8 @@ from lora_recipes.recipe.nodes import Node, parse_file, parse_override
 from lora_recipes.recipe.problem import InvalidRecipe, Origin, Problem
 from lora_recipes.recipe.vocabulary import OWNERS
 
+# What Windows takes for devices: a run folder of that name could not be copied there.
+RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
 
@@ -117,8 +119,8 @@ def name_problems(path: Path) -> list[Problem]:
     """What is wrong with a recipe's file name."""
     if path.suffix not in (".yaml", ".yml") and not path.is_dir():
         return [Problem(Origin(str(path)), "", "a recipe is a .yaml file", "`ls recipes` shows those that are shipped")]
-    if not NAME_PATTERN.fullmatch(path.stem):
-        hint = "use letters, digits, `.`, `_` and `-`, at most 80"
+    if not NAME_PATTERN.fullmatch(path.stem) or path.stem.split(".")[0].lower() in RESERVED:
+        hint = "use letters, digits, `.`, `_` and `-`, at most 80, and no name of a device (con, nul)"
         return [Problem(Origin(str(path)), "", "the file's name becomes the run folder's", hint)]
     return []
 
