@@ -187,7 +187,9 @@ def show(args: argparse.Namespace) -> int:
             },
         )
     else:
-        sys.stdout.write(render(recipe) + "\n")
+        from lora_recipes import console
+
+        console.out(render(recipe))
     return EXIT_DONE
 
 

@@ -39,8 +39,13 @@ def error(text: str) -> None:
 def emit_json(value: dict[str, Any]) -> None:
     """The one JSON object of `--json`."""
     text = redacted(json.dumps(value, ensure_ascii=False))
-    # Half of a surrogate pair has no UTF-8 form; its escape is what JSON would write.
-    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode() + "\n")
+    # What a terminal would obey, and half of a surrogate pair, which has no UTF-8 form, as the escapes that JSON has for them.
+    sys.stdout.write(UNSAFE.sub(lambda match: f"\\u{ord(match.group()):04x}", text) + "\n")
+
+
+def out(text: str) -> None:
+    """Text for a file or a pipe, as it is; a terminal gets it without what it would obey."""
+    sys.stdout.write((_visible(text) if sys.stdout.isatty() else text) + "\n")
 
 
 def facts(title: str, rows: Iterable[tuple[str, str]]) -> None:

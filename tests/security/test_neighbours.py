@@ -65,7 +65,7 @@ def test_a_pickle_is_loaded_only_where_the_command_line_says_so(
 
     folder = maker.model("m")
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    torch.save({name: tensor for name, tensor in model.state_dict().items()}, folder / "pytorch_model.bin")
+    torch.save(dict(model.state_dict()), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     recipe = maker.recipe("r", folder)
     with pytest.raises(RefusedError, match="--allow-pickle"):

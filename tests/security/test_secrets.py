@@ -18,21 +18,25 @@ IN_COMMENT, IN_ROW = "hf_" + "c" * 34, "ghp_" + "d" * 36
 IN_URL = "canarypassword"
 STEPS = """
 import sys
+reached = []
+sys.addaudithook(lambda event, _: reached.append(event) if event in ("socket.connect", "socket.getaddrinfo") else None)
 from lora_recipes import cli, train
 recipe = sys.argv[1]
 assert train.main([recipe, "training.save_strategy=steps", "training.save_steps=3", "hub.commit_message=" + sys.argv[2]]) == 0
 for verb in ("generate", "status", "audit", "preview"):
     cli.main([verb, recipe] + (["--html"] if verb == "preview" else []))
     cli.main([verb, recipe, "--json"])
+assert not reached, reached
 """
 
 
 def environment(folder: Path) -> dict[str, str]:
     secrets = {"SERVICE_TOKEN": IN_ENVIRONMENT, "OTHER_API_KEY": f"{IN_ENVIRONMENT}-2", "HF_TOKEN": "hf_" + "e" * 34}
-    return os.environ | secrets | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
+    inherited = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}  # it could reach the hub
+    return inherited | secrets | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
 
 
-def test_no_secret_is_written_or_said(write_recipe: Callable[..., Path], tiny_data: dict[str, str], workdir: Path):
+def test_a_run_writes_and_says_no_secret_and_connects_to_nobody(write_recipe: Callable[..., Path], tiny_data: dict[str, str], workdir: Path):
     rows = {name: Path(file).read_text(encoding="utf-8").splitlines() for name, file in tiny_data.items()}
     for name in rows:
         row = json.loads(rows[name][0])
@@ -129,5 +133,8 @@ def test_what_a_terminal_would_obey_is_shown(text: str, capfd: pytest.CaptureFix
     console.error(text)
     console.table("t", [text], [[text]])
     console.facts(text, [(text, text)])
-    said = capfd.readouterr().err
+    console.emit_json({text: text})
+    captured = capfd.readouterr()
+    assert json.loads(captured.out) == {text: text}
+    said = captured.out + captured.err
     assert not set(said) & set("\x1b\x07\x9b\r\u202e")
