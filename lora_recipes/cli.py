@@ -45,6 +45,7 @@ ONLY_FOR = {
     "--adapters": "merge",
     "--method": "merge",
     "--dry_run": "push",
+    "--allow-pickle": "train generate chat evaluate",
 }
 EXIT_CODES = (
     "0 done, 2 recipe or data wrong, 3 machine lacks something, 4 refused, 143 stopped and saved, 1 a bug of ours"
@@ -112,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapters", nargs="+", metavar="NAME=WEIGHT", help="merge: several adapters, weighted")
     parser.add_argument("--method", choices=COMBINATIONS, help="merge: how --adapters are combined (svd)")
     parser.add_argument("--dry_run", action="store_true", help="push: say what would be uploaded, send nothing")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="load a base that is no safetensors: pickles can run code"
+    )
     parser.add_argument("-n", type=_count, metavar="N", help="preview: how many rows (5)")
     parser.add_argument("--row", type=_count, metavar="K", help="preview: the training row with this number, from 1")
     parser.add_argument("--html", action="store_true", help="preview: also write the rows to outputs/NAME/preview.html")
@@ -146,7 +150,7 @@ def _require_own_options(args: argparse.Namespace) -> None:
 def _recipe(args: argparse.Namespace) -> Recipe:
     if args.recipe is None:
         raise RunError(f"`{args.verb}` needs a recipe: lora-recipes {args.verb} recipes/NAME.yaml")
-    return load_recipe(args.recipe, args.words)
+    return load_recipe(args.recipe, args.words, allow_pickle=args.allow_pickle)
 
 
 @contextmanager
@@ -211,7 +215,9 @@ def show(args: argparse.Namespace) -> int:
             },
         )
     else:
-        sys.stdout.write(render(recipe) + "\n")
+        from lora_recipes import console
+
+        console.out(render(recipe))
     return EXIT_DONE
 
 
@@ -244,7 +250,8 @@ def train(args: argparse.Namespace) -> int:
 
     recipe = _recipe(args)
     command = [sys.executable, *process.launcher(args.config_file), "lora_recipes.train", args.recipe, *args.words]
-    command += [flag for flag in ("--fresh", "--fit", "--debug") if getattr(args, flag[2:])]
+    flags = ("--fresh", "--fit", "--debug", "--allow-pickle")
+    command += [flag for flag in flags if getattr(args, flag[2:].replace("-", "_"))]
     command += ["--accept-changes", args.accept_changes] if args.accept_changes else []
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "outcome.json"

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lora_recipes.redact import redacted
+
 UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]"
 )
@@ -36,9 +38,14 @@ def error(text: str) -> None:
 
 def emit_json(value: dict[str, Any]) -> None:
     """The one JSON object of `--json`."""
-    text = json.dumps(value, ensure_ascii=False)
-    # Half of a surrogate pair has no UTF-8 form; its escape is what JSON would write.
-    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode() + "\n")
+    text = redacted(json.dumps(value, ensure_ascii=False))
+    # What a terminal would obey, and half of a surrogate pair, which has no UTF-8 form, as the escapes that JSON has for them.
+    sys.stdout.write(UNSAFE.sub(lambda match: f"\\u{ord(match.group()):04x}", text) + "\n")
+
+
+def out(text: str) -> None:
+    """Text for a file or a pipe, as it is; a terminal gets it without what it would obey."""
+    sys.stdout.write((_visible(text) if sys.stdout.isatty() else text) + "\n")
 
 
 def facts(title: str, rows: Iterable[tuple[str, str]]) -> None:
@@ -70,8 +77,9 @@ def example(title: str, row: Any) -> None:
 
 
 def _visible(text: str) -> str:
-    """Escape sequences and characters that reorder text are shown, never obeyed by the terminal."""
-    return UNSAFE.sub(lambda match: "␛" if match.group() == "\x1b" else f"<U+{ord(match.group()):04X}>", text)
+    """Escape sequences and characters that reorder text are shown, never obeyed by the terminal; secrets are not shown."""
+    marks = UNSAFE.sub(lambda match: "␛" if match.group() == "\x1b" else f"<U+{ord(match.group()):04X}>", text)
+    return redacted(marks)
 
 
 def audit(name: str, report: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from lora_recipes.model.folder import PICKLES, VOCABULARIES, require_intact
 from lora_recipes.plan import facts_of
 from lora_recipes.plan.method import method_in_full
 from lora_recipes.recipe import Recipe
-from lora_recipes.recipe.problem import SECRET_VALUE
+from lora_recipes.redact import SECRET_VALUE
 from lora_recipes.run_dir import RunDir, file_sha256, read_json
 from lora_recipes.trained import require_same_adapter
 

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from weakref import WeakSet
 
 from lora_recipes.errors import MachineError, RefusedError, RunError
+from lora_recipes.redact import redacted
 
 SUMS = "SHA256SUMS"  # in a published folder; the format of coreutils: `sha256sum -c SHA256SUMS` checks it
 OUTPUTS = Path("outputs")  # relative to the working folder, like every path a recipe names
@@ -231,11 +232,13 @@ os.register_at_fork(after_in_child=_release_inherited)
 def write_text(path: Path, text: str, *, mode: int = READABLE) -> None:
     """Replace a file by a whole new one: a reader, or a crash, sees the old text or the new, never half.
 
+    What looks like a secret is not written, whoever's text it is: run folders are shared, published and kept.
+
     Args:
         mode: who may read and write it, less what the umask forbids. Nobody else may at any moment.
     """
     with _replacing(path, mode) as stream:
-        stream.write(text)
+        stream.write(redacted(text))
 
 
 def write_json(path: Path, value: Any, *, mode: int = READABLE) -> None:
@@ -246,7 +249,7 @@ def write_json(path: Path, value: Any, *, mode: int = READABLE) -> None:
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]], *, mode: int = READABLE) -> None:
     """One JSON object a line, written as the rows come; whole or not at all, like `write_text`."""
     with _replacing(path, mode) as stream:
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        stream.writelines(redacted(json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
 
 
 @contextmanager

@@ -9,8 +9,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lora_recipes"
 # A room is a module or a folder of the package; `__init__` is the package itself.
 LAYERS = [
-    {"__init__", "errors"},
-    {"recipe", "run_dir", "console", "process"},
+    {"__init__", "errors", "redact"},
+    {"recipe", "run_dir", "console", "process", "limits"},
     {"data", "model", "score", "judge", "introspect"},
     {"plan", "trained", "verdict"},
     {"audit", "train", "generate", "chat", "evaluate", "merge", "export", "push", "status"},

@@ -17,6 +17,7 @@ from lora_recipes.run_dir import RunDir, write_json, write_jsonl
 Report = dict[str, Any]
 Finding = dict[str, Any]
 
+ADDED = 200  # characters of what a chat template adds that a warning repeats
 WORST = 5  # rows named for each reason
 # Keys of a source's report that are added up, as numbers and as counts by kind.
 SUMMED = (
@@ -368,6 +369,9 @@ def _warnings(data: LoadedData, report: Report, global_batch: int) -> Iterator[F
         yield _finding("duplicates", f"{report['duplicates']:,} rows repeat an earlier row: they are seen more often")
     if report["overlap"] and not any(problem["kind"] == "overlap" for problem in report["problems"]):
         yield _finding("overlap", f"{report['overlap']:,} held-out rows are also trained on")
+    for words in dict.fromkeys(rows.added for rows in data.sources if rows.added):
+        shown = words if len(words) <= ADDED else f"{words[:ADDED]} …"
+        yield _finding("template_adds", f"the chat template adds words of its own: “{shown}”")
     if report["double_bos"]:
         yield _finding("double_bos", f"{report['double_bos']:,} rows begin with two BOS tokens")
     if report["thinking_left_out"]:

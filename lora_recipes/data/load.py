@@ -12,6 +12,7 @@ from lora_recipes.data import chat_templates
 from lora_recipes.data.files import Source
 from lora_recipes.data.formats import Conversation, convert
 from lora_recipes.data.forms import settings_of_all
+from lora_recipes.data.frames import added_text
 from lora_recipes.data.masks import Masker
 from lora_recipes.data.prepare import Prepared, Tokenizing, prepare
 from lora_recipes.data.readers import read_split, rows_of
@@ -48,13 +49,14 @@ class UsedRows:
 
 @dataclass
 class SourceRows:
-    """One source: its training rows and its held-out rows."""
+    """One source: its training rows and its held-out rows; and the words that the chat template adds of its own."""
 
     source: Source
     masker: Masker
     template: str
     train: UsedRows
     heldout: UsedRows | None
+    added: str = ""
 
     def splits(self) -> list[Prepared]:
         """The splits of the source that were read: one, where the held-out rows are a share of it."""
@@ -182,6 +184,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, end_ids: set[i
 
     Raises:
         RecipeError, DataError, MachineError: the data cannot be read at all.
+        RefusedError: the chat template drops what is said, or runs without end.
     """
     limit = _limit(recipe)
     seed = recipe.get("training.seed", SEED)
@@ -191,6 +194,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, end_ids: set[i
     template = chat_templates.settle(tokenizer, recipe, [settings.form for _, settings in found if settings.chat])
     for source, settings in found:
         masker = Masker(tokenizer, end_ids, settings.control_tokens)
+        added = added_text(masker.plain, template) if settings.chat and masker.template is not None else ""
 
         def prepared(split: str, source: Source = source, settings: Any = settings, masker: Any = masker) -> Prepared:
             return prepare(source, split, settings, masker, processes, keep=not source.get("streaming"))
@@ -204,7 +208,9 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, end_ids: set[i
         elif source.eval_split is not None and len(everything):
             out = held_out(train.stats["hash"], source.eval_split, seed)
             heldout, everything = _part(train, everything[out], source, limit), everything[~out]
-        loaded.sources.append(SourceRows(source, masker, template, _part(train, everything, source, limit), heldout))
+        loaded.sources.append(
+            SourceRows(source, masker, template, _part(train, everything, source, limit), heldout, added)
+        )
     return loaded
 
 

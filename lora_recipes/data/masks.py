@@ -8,13 +8,15 @@ from itertools import pairwise
 from typing import Any
 
 import numpy
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import SecurityError, TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lora_recipes.data.encode import Encoder, Pieces, Tokens
 from lora_recipes.data.formats import THINKING, BadRow, Conversation, Message
+from lora_recipes.data.frames import Frames, HostileTemplate
 from lora_recipes.errors import DataError
+from lora_recipes.limits import TooMuch, bounded
 
 IGNORED = -100  # PyTorch's cross entropy ignore_index
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -23,6 +25,8 @@ PROBE = "\ue000probe\ue001"  # private use characters: no template and no data h
 LITERAL = "\ue002{}\ue003"
 MARKS = re.compile("[\ue002\ue003]")
 LITERALS = re.compile("\ue002(\\d+)\ue003")
+RENDER_SECONDS = 2.0  # a conversation takes a tenth of a millisecond
+RENDER_BYTES = 4 << 30
 RENDER_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 
 Span = tuple[int, int]
@@ -73,6 +77,7 @@ class Masker:
             "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"(?!)"
         )
         self.template, self.marked, self.origin = _template(tokenizer)
+        self.frames = Frames()
         self.parts = self._wants_parts()
         self.first_ids = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id]
         self.encoder = Encoder(tokenizer)
@@ -95,6 +100,7 @@ class Masker:
         for number, message in enumerate(messages):
             if message["role"] != "tool":  # whose text templates may write as JSON
                 self._require_words(message, text, number)
+        self.frames.require(self.plain, conversation, text)
         rendered = Rendered(text, [], literals, whole=not conversation.answers_only)
         if rendered.whole:
             return rendered
@@ -190,18 +196,28 @@ class Masker:
         if self.template is None:
             raise BadRow("template", "", "the tokenizer has no chat template")
         try:
-            texts, spans = render_jinja_template(
-                [self._in_parts(messages)],
-                tools=conversation.tools,
-                chat_template=self.template,
-                add_generation_prompt=open_answer,
-                return_assistant_tokens_mask=marks,
-                **self.special,
-                **conversation.template_kwargs,
-            )
+            with bounded(seconds=RENDER_SECONDS, memory=RENDER_BYTES):
+                texts, spans = render_jinja_template(
+                    [self._in_parts(messages)],
+                    tools=conversation.tools,
+                    chat_template=self.template,
+                    add_generation_prompt=open_answer,
+                    return_assistant_tokens_mask=marks,
+                    **self.special,
+                    **conversation.template_kwargs,
+                )
+        except (TooMuch, MemoryError, RecursionError) as error:
+            why = f"the chat template takes too much time or memory ({type(error).__name__})"
+            raise HostileTemplate("template", "", why) from None
+        except SecurityError as error:
+            raise HostileTemplate("template", "", f"the chat template tries to leave its sandbox: {error}") from None
         except RENDER_ERRORS as error:
             raise BadRow("template", "", f"the chat template refuses the conversation: {error}") from None
         return texts[0], spans[0] if marks else []
+
+    def plain(self, messages: list[Message], conversation: Conversation) -> str:
+        """The text of messages under the settings of a conversation."""
+        return self._render(messages, conversation)[0]
 
     def _wants_parts(self) -> bool:
         """Templates of models that also see images read `content` as a list of parts, and lose plain text in silence."""
@@ -229,14 +245,17 @@ class Masker:
         if conversation.text is not None:
             return [*self.first_ids, *self._in_pieces(Rendered(conversation.text, [], literals)).ids]
         try:
-            asked = self.tokenizer.apply_chat_template(
-                self._in_parts(conversation.messages),
-                tools=conversation.tools,
-                add_generation_prompt=True,
-                tokenize=not literals,
-                return_dict=False,
-                **conversation.template_kwargs,
-            )
+            with bounded(seconds=RENDER_SECONDS, memory=RENDER_BYTES):
+                asked = self.tokenizer.apply_chat_template(
+                    self._in_parts(conversation.messages),
+                    tools=conversation.tools,
+                    add_generation_prompt=True,
+                    tokenize=not literals,
+                    return_dict=False,
+                    **conversation.template_kwargs,
+                )
+        except (TooMuch, MemoryError) as error:
+            raise DataError(f"the model's own chat template takes too much: {type(error).__name__}") from None
         except RENDER_ERRORS as error:
             raise DataError(f"the model's own chat template refuses a question: {error}") from None
         return self._in_pieces(Rendered(asked, [], literals)).ids if literals else asked
@@ -341,8 +360,9 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[str | None, bool, str
     from trl.chat_template_utils import get_training_chat_template
 
     try:
-        training = get_training_chat_template(tokenizer)
-    except (ValueError, *RENDER_ERRORS):
+        with bounded(seconds=RENDER_SECONDS, memory=RENDER_BYTES):  # it renders, to see what the template can do
+            training = get_training_chat_template(tokenizer)
+    except (TooMuch, MemoryError, RecursionError, *RENDER_ERRORS):
         training = None  # not one of those that TRL knows
     if training is not None:
         return training, True, "TRL's training template for this chat template"

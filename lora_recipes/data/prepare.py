@@ -23,6 +23,7 @@ from lora_recipes.data.masks import (
     IGNORED,
     LITERALS,
     ODD,
+    RENDER_BYTES,
     Masker,
     Rendered,
     Tokenized,
@@ -34,6 +35,7 @@ from lora_recipes.data.readers import Chunk, rows_of
 from lora_recipes.data.scan import scan
 from lora_recipes.data.select import rows_in_slice
 from lora_recipes.errors import DataError, MachineError
+from lora_recipes.limits import watched
 from lora_recipes.run_dir import Locked, cache_folder, published, read_json, write_json
 
 INT_LIST = pyarrow.list_(pyarrow.int32())
@@ -99,6 +101,10 @@ class Tokenizing:
         self.vocabulary = len(masker.tokenizer)
 
     def __call__(self, chunk: Chunk) -> "Batch":
+        with watched(memory=RENDER_BYTES):
+            return self._batch(chunk)
+
+    def _batch(self, chunk: Chunk) -> "Batch":
         part, rendered, kept = Batch(), [], []
         for number, row in rows_of(chunk):
             index = part.rows

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from lora_recipes.errors import RefusedError, RunError
-from lora_recipes.model.files import model_folder, titles, weight_map
+from lora_recipes.model.files import model_folder
 from lora_recipes.model.source import Source
+from lora_recipes.model.weights import CONVERT, LONGEST_HEADER, titles, weight_map
 from lora_recipes.recipe import Recipe
 
 # Names of safetensors' types (https://github.com/huggingface/safetensors, README "Format") and of torch's.
@@ -39,7 +40,6 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-LONGEST_HEADER = 100 * 2**20  # bytes; the limit that safetensors itself has
 INDEX = "model.safetensors.index.json"
 PART = 2**21  # elements that are compared at a time
 
@@ -94,7 +94,7 @@ def read_checkpoint(folder: Path, variant: str | None = None) -> Checkpoint:
     if not index.is_file():
         raise RunError(
             f"{folder}: no {single.name} and no {index.name}; merging reads safetensors only. Convert the weights first: "
-            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+            + CONVERT
         )
     files = weight_map(index)
     shards = {}

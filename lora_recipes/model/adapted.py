@@ -1,6 +1,5 @@
 """A trained adapter on its base, with every tensor accounted for; and whether weights on disk are sound."""
 
-import json
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -12,6 +11,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from lora_recipes.errors import RefusedError
+from lora_recipes.model.adapter_config import read_config
+from lora_recipes.model.weights import header_of, require_own_files
 
 # Ways of PEFT to begin that write into the base's weights.
 CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -129,12 +130,22 @@ def _not_of_this_model(folder: Path, missing: Collection[str], unexpected: Colle
 
 
 def check_adapter(folder: Path) -> set[str]:
-    """The keys of a sound adapter. Raises RefusedError when its weights cannot be read or are not finite."""
+    """The keys of a sound adapter.
+
+    Raises:
+        RefusedError: its weights are a pickle, cannot be read or are not finite; a link leaves the folder; or its config
+            asks for what no adapter may.
+        RunError: its config is of a kind, or a version of PEFT, that is not known here.
+    """
     weights = folder / "adapter_model.safetensors"
-    try:
-        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RefusedError(f"{weights}: cannot be read: {error}") from None
+    require_own_files(folder)
+    pickled = folder / "adapter_model.bin"
+    if pickled.is_file() and not weights.is_file():
+        raise RefusedError(
+            f"{pickled}: a pickle, which can run code when it is loaded; no option loads an adapter from one. Ask its "
+            "publisher for adapter_model.safetensors, or load and save it with PEFT where you trust it"
+        )
+    read_config(folder, header_of(weights) if weights.is_file() else {})
     return _check_weights(weights)
 
 

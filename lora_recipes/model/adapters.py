@@ -180,7 +180,7 @@ def combine(
             combination_type="cat" if method == "svd" else method,
             density=density,
         )
-    tensors = get_peft_model_state_dict(model, adapter_name="combined")
+    tensors = get_peft_model_state_dict(model, adapter_name="combined", save_embedding_layers=False)
     full = max(tensor.shape[0] for name, tensor in tensors.items() if _is_first(name))
     rank = min(rank or full, full) if method == "svd" else full
     tensors, lost = _of_rank(tensors, rank)
@@ -246,7 +246,9 @@ def _with_adapters(base: PreTrainedModel, files: list[AdapterFile]) -> PeftModel
     for file, (name, config) in zip(files, model.peft_config.items(), strict=True):
         if config.target_parameters:  # PEFT turns the experts of a mixture into these when it loads
             raise RefusedError(f"{file.folder}: an adapter with `target_parameters` cannot be combined")
-        if get_peft_model_state_dict(model, adapter_name=name).keys() != file.shapes.keys():
+        # "auto", PEFT's default, would look for the base that the adapter names, on the hub if need be.
+        own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        if own.keys() != file.shapes.keys():
             raise RefusedError(f"{file.folder}: not an adapter of this model: it has other layers")
         config.target_modules = model.peft_config["adapter_0"].target_modules
     return model

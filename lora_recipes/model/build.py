@@ -1,6 +1,7 @@
 """Tokenizer, configs and base model, built from the recipe's sections by the classes that own them."""
 
 import dataclasses
+import pickle
 import typing
 import warnings
 from collections.abc import Iterator
@@ -24,10 +25,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lora_recipes.errors import LoraRecipesError, RecipeError, machine_fault
+from lora_recipes import console
+from lora_recipes.errors import LoraRecipesError, RecipeError, RefusedError, machine_fault
+from lora_recipes.model.files import require_safe_weights
 from lora_recipes.model.folder import require_intact
 from lora_recipes.model.machine import Choices
 from lora_recipes.model.precision import let_go_of_file
+from lora_recipes.model.safe import require_safe_config, require_safe_folder
+from lora_recipes.model.sound import require_whole
 from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
 from lora_recipes.recipe.vocabulary import OWNERS
@@ -42,13 +47,27 @@ def refusals_of(recipe: Recipe, section: str) -> Iterator[None]:
         yield
     except LoraRecipesError:
         raise
+    except pickle.UnpicklingError as error:
+        raise RefusedError(
+            f"{recipe.where(section)}: the weights are a pickle that holds more than tensors, and may be an attack; nothing of it "
+            "was run"
+        ) from error
     except RuntimeError as error:
+        if "ignore_mismatched_sizes" in str(error):
+            where = recipe.where("model.pretrained_model_name_or_path")
+            raise RefusedError(
+                f"{where}: the weights have other shapes than config.json says (listed above); get the model again"
+            ) from error
         if "to be installed" not in str(error):  # a tracker of `report_to`; anything else is no refusal
             raise
         raise RecipeError(f"{recipe.where(section)}: `{section}`: {error}") from error
     except _REFUSALS as error:
         if fault := machine_fault(error):
             raise fault from error
+        if "trust_remote_code" in str(error):
+            raise RefusedError(
+                f"{recipe.where(section)}: the model comes with code of its own, which is not run: {error}"
+            ) from error
         raise RecipeError(f"{recipe.where(section)}: `{section}` is refused by {OWNERS[section]}: {error}") from error
 
 
@@ -62,6 +81,7 @@ def load_tokenizer(recipe: Recipe, source: Source) -> PreTrainedTokenizerBase:
         RecipeError: the end token is not in the vocabulary.
     """
     with refusals_of(recipe, "model"):
+        _require_safe(recipe, source)
         tokenizer = AutoTokenizer.from_pretrained(source.location, **_hub_keywords(recipe))
     end = recipe.get("training.eos_token")
     if end:
@@ -103,7 +123,16 @@ def generation_config_in(location: str | Path, **keywords: Any) -> GenerationCon
 def model_config(recipe: Recipe, source: Source) -> PreTrainedConfig:
     """The architecture's numbers; no weights are read."""
     with refusals_of(recipe, "model"):
+        _require_safe(recipe, source)
         return AutoConfig.from_pretrained(source.location, **_hub_keywords(recipe))
+
+
+def _require_safe(recipe: Recipe, source: Source) -> None:
+    """What `locate` has looked for in a folder, for a model whose config comes from the hub."""
+    if source.kind == "hub":
+        keywords = _hub_keywords(recipe)
+        values, _ = PreTrainedConfig.get_config_dict(source.location, **keywords)
+        require_safe_config(values, f"config.json of {source.named}", trusted=keywords["trust_remote_code"])
 
 
 def meta_model(config: PreTrainedConfig, recipe: Recipe, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -133,7 +162,8 @@ def _no_causal_model(recipe: Recipe, config: PreTrainedConfig) -> RecipeError:
 
 def _hub_keywords(recipe: Recipe) -> dict[str, Any]:
     section = recipe.section("model")
-    return {key: section[key] for key in _HUB_KEYS if key in section}
+    # Said, not left out: unset, transformers would ask on the terminal whether to run a model's code.
+    return {"trust_remote_code": False} | {key: section[key] for key in _HUB_KEYS if key in section}
 
 
 def quantization_config(section: dict[str, Any]) -> BitsAndBytesConfig | None:
@@ -184,8 +214,17 @@ def load_base(
         dtype: overrides `model.dtype`.
         quantized: False loads the original weights even where the recipe quantizes.
     """
-    keywords = recipe.section("model")
+    keywords = {"trust_remote_code": False} | recipe.section("model")
     keywords.pop("pretrained_model_name_or_path")
+    _require_safe(recipe, source)
+    kind = require_safe_weights(recipe, source)
+    keywords["use_safetensors"] = kind == "safetensors"
+    if kind != "safetensors":
+        console.say(
+            f"WARNING: {source.named} is loaded from pickles (--allow-pickle). torch reads them as plain tensors, but a fault "
+            "in that reader would let them run code. Convert the model to safetensors",
+            "bold red",
+        )
     if dtype is not None:
         keywords["dtype"] = dtype
     config = quantization_config(choices.quantization) if quantized else None
@@ -196,7 +235,11 @@ def load_base(
     elif config is not None or PartialState().distributed_type == DistributedType.NO:
         keywords.setdefault("device_map", {"": PartialState().local_process_index})
     with refusals_of(recipe, "model"):
-        model = AutoModelForCausalLM.from_pretrained(source.location, quantization_config=config, **keywords)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source.location, quantization_config=config, output_loading_info=True, **keywords
+        )
+    if PartialState().is_local_main_process:  # of a sharded model the others hold parts
+        require_whole(model, loading, source.named)
     keep_canonical_4bit(model)
     if config is not None and choices.device == "cpu":
         let_go_of_file(model.parameters())
@@ -211,9 +254,10 @@ def load_merged(folder: Path, recipe: Recipe, choices: Choices) -> PreTrainedMod
     """
     require_intact(folder)
     section = recipe.section("model")
-    keywords: dict[str, Any] = {
+    keywords: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False} | {
         key: section[key] for key in ("attn_implementation", "trust_remote_code") if key in section
     }
+    require_safe_folder(folder, trusted=keywords["trust_remote_code"])
     if choices.device != "cpu":
         keywords["device_map"] = section.get("device_map", {"": 0})
     with refusals_of(recipe, "merge"):

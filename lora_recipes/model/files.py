@@ -1,6 +1,5 @@
 """Which files of a model's folder or repository are loaded: beside them often lie the same weights in another form."""
 
-import json
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -8,24 +7,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from lora_recipes.errors import MachineError, RefusedError
 from lora_recipes.model.source import Source
+from lora_recipes.model.weights import require_own_files, require_weights, titles, weight_map
 from lora_recipes.recipe import Recipe
-
-
-def titles(variant: str | None, kind: str = "safetensors") -> tuple[str, str]:
-    """Names of the only weight file, and of the index of several."""
-    middle, stem = f".{variant}" if variant else "", "model" if kind == "safetensors" else "pytorch_model"
-    return f"{stem}{middle}.{kind}", f"{stem}.{kind}.index{middle}.json"
-
-
-def weight_map(index: Path) -> dict[str, str]:
-    """Tensor → file, as an index says. Raises RefusedError for one that is broken."""
-    try:
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RefusedError(f"{index}: no index of weights: {error!r}") from None
-    if not found or not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise RefusedError(f"{index}: no index of weights: `weight_map` names no files")
-    return found
 
 
 def model_folder(recipe: Recipe, source: Source, kind: str = "safetensors") -> Path:
@@ -69,13 +52,37 @@ def commit_of(recipe: Recipe, source: Source) -> str:
     return model_folder(recipe, source).parts[-1 - len(inner.parts)]
 
 
+def require_safe_weights(recipe: Recipe, source: Source) -> str:
+    """Look at the weights before they are loaded, wherever they are. Returns "safetensors" or "bin".
+
+    Raises:
+        RefusedError: pickles that `--allow-pickle` does not let in, torn files, links and names that lead elsewhere.
+        MachineError: as `model_folder`.
+    """
+    variant = recipe.get("model.variant")
+    folder = model_folder(recipe, source)
+    kind = require_weights(folder, variant, allow_pickle=recipe.allow_pickle)
+    if source.kind != "hub":
+        return kind
+    require_own_files(folder)
+    if any((folder / title).is_file() for title in titles(variant)):
+        return kind
+    if not recipe.allow_pickle:
+        where = recipe.where("model.pretrained_model_name_or_path")
+        raise RefusedError(
+            f"{where}: {source.named} has no {titles(variant)[0]}: its weights are pickles, which can run code when they are "
+            "loaded. Name a repository with safetensors; --allow-pickle loads them as they are"
+        )
+    return require_weights(model_folder(recipe, source, "bin"), variant, allow_pickle=True)
+
+
 def weight_files(recipe: Recipe, source: Source) -> list[Path]:
     """The files that from_pretrained loads, by name; [] for a folder without weights.
 
     Raises:
         MachineError: as `model_folder`.
     """
-    for kind in ("safetensors", "bin"):
+    for kind in ("safetensors", "bin") if recipe.allow_pickle else ("safetensors",):
         folder = model_folder(recipe, source, kind)
         single, index = (folder / title for title in titles(recipe.get("model.variant"), kind))
         if single.is_file():

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from lora_recipes.errors import RefusedError
-from lora_recipes.recipe.problem import SECRET_VALUE
+from lora_recipes.redact import SECRET_VALUE
 from lora_recipes.run_dir import SUMS, file_sha256, write_text
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")

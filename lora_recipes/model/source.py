@@ -7,9 +7,12 @@ from typing import Literal
 from huggingface_hub import auth_check, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
+from lora_recipes import console
 from lora_recipes.errors import MachineError, RecipeError, RefusedError
 from lora_recipes.model import package
 from lora_recipes.model.machine import has_gpu, on_cpu
+from lora_recipes.model.safe import require_safe_folder
+from lora_recipes.model.weights import require_weights
 from lora_recipes.recipe import Recipe
 
 SMALL_RECIPE = "recipes/smollm2-135m-lora.yaml"
@@ -36,14 +39,15 @@ def locate(recipe: Recipe, *, weights: bool = True) -> Source:
     Raises:
         RecipeError: not a folder, not a package, not a hub id.
         MachineError: package not installed, no GPU, gated or missing weights, no network.
-        RefusedError: the folder holds an adapter, whose base would be loaded instead.
+        RefusedError: the folder holds an adapter, whose base would be loaded instead; or is not safe to load: pickles,
+            code, links and weight files that lead elsewhere, torn files.
     """
     named = recipe.get("model.pretrained_model_name_or_path")
     where = recipe.where("model.pretrained_model_name_or_path")
     if named.startswith("package:"):
         return Source("package", named, named, package.checksum(named, where))
     if Path(named).is_dir():
-        return _folder(named, where)
+        return _folder(recipe, named, where, weights)
     _hub_id(named, where)
     if not weights:
         _require_tokenizer(recipe, named, where)
@@ -83,13 +87,31 @@ def materialise(source: Source) -> Source:
     return Source("package", source.named, str(package.unpack(source.named)), source.sha256)
 
 
-def _folder(named: str, where: str) -> Source:
+def _folder(recipe: Recipe, named: str, where: str, weights: bool) -> Source:
     folder = Path(named)
     if (folder / "adapter_config.json").is_file():
         raise RefusedError(f"{where}: {named} is an adapter, not a model; name the base model it was trained on")
     if not (folder / "config.json").is_file():
         raise RecipeError(f"{where}: {named} has no config.json, so it is not a model folder")
+    if _shadows_hub(named, recipe):
+        console.say(f"note: {named} is a folder here, and is read instead of the hub's; write ./{named} to say so")
+    inner = folder / recipe.get("model.subfolder", "")
+    for place in dict.fromkeys((folder, inner)):
+        require_safe_folder(place, trusted=bool(recipe.get("model.trust_remote_code")))
+    if weights:
+        require_weights(inner, recipe.get("model.variant"), allow_pickle=recipe.allow_pickle)
     return Source("folder", named, named)
+
+
+def _shadows_hub(named: str, recipe: Recipe) -> bool:
+    """Whether a folder is called like a hub model that was used on this machine."""
+    if named.startswith((".", "/", "~")) or named.count("/") != 1:
+        return False
+    keywords = {"cache_dir": recipe.get("model.cache_dir")}
+    try:
+        return isinstance(try_to_load_from_cache(named, "config.json", **keywords), str)
+    except HFValidationError:
+        return False
 
 
 def _hub_id(named: str, where: str) -> None:

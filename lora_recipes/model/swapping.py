@@ -138,9 +138,12 @@ class AdapterSet:
         file = self.files[name]
         peft_name = f"adapter_{len(self.slots)}"  # a user's name may hold a dot, which no module's may
         self.model.load_adapter(str(file.folder), adapter_name=peft_name, low_cpu_mem_usage=False)
-        loaded = get_peft_model_state_dict(self.model, adapter_name=peft_name).keys()
-        if loaded != file.shapes.keys():
-            unknown = sorted(loaded ^ file.shapes.keys())
+        # "auto", PEFT's default, would look for the base that the adapter names, on the hub if need be.
+        needed, known = (
+            get_peft_model_state_dict(self.model, adapter_name=peft_name, save_embedding_layers=all_).keys()
+            for all_ in (False, True)
+        )
+        if unknown := sorted((needed - file.shapes.keys()) | (file.shapes.keys() - known)):
             raise RefusedError(
                 f"{file.folder}: not an adapter of this model: {len(unknown)} keys differ ({unknown[0]})"
             )
@@ -198,11 +201,6 @@ def answers_mixed(
 def _require_fit(base: PreTrainedModel, file: AdapterFile) -> None:
     """Each pair of matrices belongs to a layer of the base and has its widths, so that loading cannot stop half way."""
     modules: dict[str, Any] = dict(base.named_modules())
-    ranks = {shape[0] for key, shape in file.shapes.items() if key.endswith(".lora_A.weight")}
-    if not file.special() and not file.config.get("rank_pattern") and ranks - {file.config["r"]}:
-        raise RefusedError(
-            f"{file.folder}: its matrices have rank {max(ranks)}, its config says r = {file.config['r']}"
-        )
     for key, shape in file.shapes.items():
         path, matrix = key.removeprefix("base_model.model.").rpartition(".lora_")[::2]
         layer: Any = modules.get(path)

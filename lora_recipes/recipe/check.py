@@ -14,9 +14,10 @@ from jsonschema import Draft202012Validator, validators
 
 from lora_recipes.errors import EXIT_REFUSED
 from lora_recipes.recipe.nodes import Node
-from lora_recipes.recipe.problem import SECRET_VALUE, Problem
+from lora_recipes.recipe.problem import Problem
 from lora_recipes.recipe.rules import rule_problems
 from lora_recipes.recipe.vocabulary import OWNERS, REFUSED, RENAMED
+from lora_recipes.redact import SECRET_VALUE
 
 SECRET_NAME = re.compile(r"(^|_)(token|secret|password|api_?key)$", re.IGNORECASE)
 NO_SECRETS = ("eos_token",)  # a special token of a tokenizer
@@ -206,6 +207,8 @@ def _secret_problems(node: Node, path: tuple[str | int, ...] = ()) -> Iterator[P
     named_so = SECRET_NAME.search(name) and name not in NO_SECRETS and isinstance(node.value, str)
     if named_so or SECRET_VALUE.search(name) or (isinstance(node.value, str) and SECRET_VALUE.search(node.value)):
         origin = node.key if node.key.line else replace(node.key, file="command line")
+        if isinstance(node.value, str) and "://" in node.value:
+            message, hint = "holds a password inside an address (not shown here)", "write the address without it"
         yield Problem(origin, _dotted(list(path)), message, hint, EXIT_REFUSED)
     elif isinstance(node.value, dict):
         for key, child in node.value.items():

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +12,8 @@ from lora_recipes.recipe.nodes import Node, parse_file, parse_override
 from lora_recipes.recipe.problem import InvalidRecipe, Origin, Problem
 from lora_recipes.recipe.vocabulary import OWNERS
 
+# What Windows takes for devices: a run folder of that name could not be copied there.
+RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
 
@@ -21,15 +23,17 @@ class Recipe:
 
     Attributes:
         overrides: the `section.key=value` words that are in `values` and not in the file.
+        allow_pickle: said on the command line, never in a file: a base whose weights are no safetensors may be loaded.
     """
 
     path: Path
     values: Mapping[str, Any]
     origins: Mapping[str, Origin]
     overrides: tuple[str, ...] = ()
+    allow_pickle: bool = False
 
     def __reduce__(self) -> Any:  # mapping proxies cannot be pickled, and data loader workers need a recipe
-        return _unpickled, (self.path, self.plain(), dict(self.origins), self.overrides)
+        return _unpickled, (self.path, self.plain(), dict(self.origins), self.overrides, self.allow_pickle)
 
     @property
     def name(self) -> str:
@@ -78,20 +82,21 @@ class Recipe:
             section[last] = value
             if not path and value is None:
                 del section[last]
-        return Recipe(self.path, _freeze(plain), self.origins, self.overrides)
+        return replace(self, values=_freeze(plain))
 
     def plain(self) -> dict[str, Any]:
         """The resolved recipe as plain dicts, lists and scalars."""
         return _thaw(self.values)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, allow_pickle: bool = False) -> Recipe:
     """Read, resolve and check a recipe.
 
     Args:
         path: a YAML file.
         overrides: `section.key=value` words; the value is read by the same rules as the file's. `dataset.0.key=value`
             reaches into the first source of a mixture.
+        allow_pickle: `Recipe.allow_pickle`.
 
     Raises:
         InvalidRecipe: every problem of the recipe in one message, each as `file:line:column: key, what, what to do`.
@@ -107,15 +112,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     problems += problems_in(root, str(path))
     if problems:
         raise InvalidRecipe(in_place_order(problems))
-    return _recipe(path, root, overrides)
+    return replace(_recipe(path, root, overrides), allow_pickle=allow_pickle)
 
 
 def name_problems(path: Path) -> list[Problem]:
     """What is wrong with a recipe's file name."""
     if path.suffix not in (".yaml", ".yml") and not path.is_dir():
         return [Problem(Origin(str(path)), "", "a recipe is a .yaml file", "`ls recipes` shows those that are shipped")]
-    if not NAME_PATTERN.fullmatch(path.stem):
-        hint = "use letters, digits, `.`, `_` and `-`, at most 80"
+    if not NAME_PATTERN.fullmatch(path.stem) or path.stem.split(".")[0].lower() in RESERVED:
+        hint = "use letters, digits, `.`, `_` and `-`, at most 80, and no name of a device (con, nul)"
         return [Problem(Origin(str(path)), "", "the file's name becomes the run folder's", hint)]
     return []
 
@@ -230,8 +235,10 @@ def _recipe(path: Path, root: Node, overrides: Sequence[str]) -> Recipe:
     return Recipe(path, _freeze(root.plain()), MappingProxyType(origins), tuple(overrides))
 
 
-def _unpickled(path: Path, values: dict[str, Any], origins: dict[str, Origin], overrides: tuple[str, ...]) -> Recipe:
-    return Recipe(path, _freeze(values), MappingProxyType(origins), overrides)
+def _unpickled(
+    path: Path, values: dict[str, Any], origins: dict[str, Origin], overrides: tuple[str, ...], allow_pickle: bool
+) -> Recipe:
+    return Recipe(path, _freeze(values), MappingProxyType(origins), overrides, allow_pickle)
 
 
 def _freeze(value: Any) -> Any:

@@ -1,16 +1,9 @@
 """What can be wrong with a recipe: one `Problem` a finding, all findings of a recipe in one `InvalidRecipe`."""
 
-import re
 from dataclasses import dataclass
 
 from lora_recipes.errors import EXIT_USER, RecipeError
-
-SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9-]{20,}|AKIA[A-Z0-9]{16}|ghp_[A-Za-z0-9]{30,})")
-
-
-def redacted(text: str) -> str:
-    """The text without anything that looks like a token: messages end up in logs."""
-    return SECRET_VALUE.sub("…", text)
+from lora_recipes.redact import redacted
 
 
 @dataclass(frozen=True)

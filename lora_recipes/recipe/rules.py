@@ -295,6 +295,23 @@ def _remote_code(values: Values) -> Iterator[Finding]:
         yield Finding(
             "model.trust_remote_code",
             "runs code from the hub, so it needs `model.revision` pinned to a commit (40 hex digits)",
+            "write the commit whose code you have read, or drop the key",
+            EXIT_REFUSED,
+        )
+    attention = str(model.get("attn_implementation", ""))
+    if "/" in attention and not re.fullmatch(r"[^/:@]+/[^/:@]+@[0-9a-f]{40}(:[^/:@]+)?", attention):
+        yield Finding(
+            "model.attn_implementation",
+            "names compiled code on the hub, which can change and runs here",
+            "write `sdpa` or `flash_attention_2`, or pin it to a commit: owner/name@ and 40 hex digits",
+            EXIT_REFUSED,
+        )
+    if model.get("use_safetensors") is False:
+        yield Finding(
+            "model.use_safetensors",
+            "is false, with which pickles would be loaded that can run code",
+            "drop the key; --allow-pickle on the command line loads weights that are no safetensors",
+            EXIT_REFUSED,
         )
 
 

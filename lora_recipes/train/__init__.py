@@ -52,6 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="when memory runs out, go on with smaller micro-batches and the same rows a step",
     )
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="load a base that is no safetensors: pickles can run code"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_intermixed_args(arguments)
     if arguments is None:
@@ -63,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         accepted=args.accept_changes,
         fit=args.fit,
         debug=args.debug,
+        allow_pickle=args.allow_pickle,
         alone=arguments is None,
     )
 
@@ -80,6 +84,7 @@ def launch(
     accepted: tuple[str, ...] = (),
     fit: bool = False,
     debug: bool = False,
+    allow_pickle: bool = False,
     alone: bool = False,
 ) -> int:
     """Train a recipe and return the exit code; a failure of a run that had begun is in status.json too.
@@ -95,7 +100,7 @@ def launch(
     process.prepare()
     stop = Stop()
     with stop.listening(alone=alone):
-        return _launch(recipe_path, overrides, stop, fresh, accepted, fit, debug, alone)
+        return _launch(recipe_path, overrides, stop, fresh, accepted, fit, debug, allow_pickle, alone)
 
 
 def _launch(
@@ -106,13 +111,14 @@ def _launch(
     accepted: tuple[str, ...],
     fit: bool,
     debug: bool,
+    allow_pickle: bool,
     alone: bool,
 ) -> int:
     from lora_recipes import console
 
     recipe, ready, before = None, None, 0
     try:
-        recipe = load_recipe(recipe_path, overrides)
+        recipe = load_recipe(recipe_path, overrides, allow_pickle=allow_pickle)
         if fit:
             require_one_process()
         if alone:

@@ -52,7 +52,7 @@ def fitted(recipe: Recipe, ready: Ready, overrides: Sequence[str], train: Traini
             "training.gradient_accumulation_steps": accumulation,
         }
         words += [f"{key}={value}" for key, value in settings.items()]
-        recipe = load_recipe(recipe.path, words)
+        recipe = load_recipe(recipe.path, words, allow_pickle=recipe.allow_pickle)
         run_dir = RunDir.of(recipe.name)
         console.say(
             f"{said}\n--fit: {device} rows at a time x {accumulation} accumulation, {device * accumulation} rows a step as "

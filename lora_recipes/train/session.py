@@ -18,6 +18,7 @@ from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer, m
 from lora_recipes.model.identity import base_of
 from lora_recipes.model.initialise import INITIAL, changes_base, keep_initial
 from lora_recipes.model.machine import Choices
+from lora_recipes.model.sound import require_vocabulary
 from lora_recipes.model.source import Source, materialise
 from lora_recipes.model.targets import Targets, find_targets
 from lora_recipes.recipe import Recipe
@@ -65,6 +66,7 @@ def train(recipe: Recipe, ready: Ready) -> None:
         source = materialise(ready.source)
     tokenizer = load_tokenizer(recipe, source)
     config = model_config(recipe, source)
+    require_vocabulary(recipe, config, tokenizer)
     _refuse_leaking_packing(recipe, config)
     targets = find_targets(recipe, config)
     _require_small_on_cpu(recipe, choices, targets)

@@ -410,7 +410,9 @@ def test_a_mask_by_difference_costs_the_whole_and_two_renders_a_turn_at_most(
 
     monkeypatch.setattr(masker, "_render", counted)
     masker.render(row)
-    assert len(rendered) == 2 * turns  # the last answer ends where the whole does
+    assert len(rendered) == 2 * turns + 1  # the last answer ends where the whole does; one more for a form of dialogue
+    masker.render(row)
+    assert len(rendered) == 4 * turns + 1
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def test_a_broken_adapter_leaves_the_active_one_as_it_was(tiny_model: Path, make
     adapters = AdapterSet(base_of(tiny_model), folders)
     weights = folders["b"] / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(RefusedError, match="cannot be read"):
+    with pytest.raises(RefusedError, match="was cut off"):
         adapters.swap("b")
     assert adapters.active == "a"
     torch.testing.assert_close(logits(adapters.model), fresh(tiny_model, folders["a"]), rtol=0, atol=0)

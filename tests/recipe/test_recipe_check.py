@@ -618,6 +618,18 @@ RULE_CASES = [
         "model.trust_remote_code",
     ),
     (
+        "_remote_code",
+        ["model.attn_implementation=kernels-community/flash-attn3"],
+        [f"model.attn_implementation=kernels-community/flash-attn3@{COMMIT}"],
+        "model.attn_implementation",
+    ),
+    (
+        "_remote_code",
+        ["model.use_safetensors=false"],
+        ["model.use_safetensors=true"],
+        "model.use_safetensors",
+    ),
+    (
         "_merge_base",
         ["merge.base=dequantized"],
         ["merge.base=dequantized", "quantization.load_in_4bit=true"],
@@ -785,7 +797,7 @@ RULE_CASES = [
 def test_a_rule_between_keys_holds(tmp_path: Path, rule: str, breaks: list[str], holds: list[str], key: str) -> None:
     error = refusal(tmp_path, "", *breaks)
     assert key in [problem.key for problem in error.problems]
-    assert error.exit_code == (EXIT_REFUSED if rule == "_unsafe_files" else EXIT_USER)
+    assert error.exit_code == (EXIT_REFUSED if rule in ("_unsafe_files", "_remote_code") else EXIT_USER)
     load_recipe(tmp_path / "r.yaml", holds)
 
 
@@ -823,8 +835,9 @@ def test_a_url_is_refused_and_its_password_not_repeated(tmp_path: Path, scheme: 
     error = refusal(tmp_path, f"dataset:\n  data_files: {{train: '{scheme}://me:letmein@host/a.jsonl'}}")
     assert error.exit_code == EXIT_REFUSED
     assert "letmein" not in str(error)
-    assert "sha256" in str(error)
+    assert "password" in str(error)
     assert "letmein" not in str(refusal(tmp_path, "", f"dataset.data_files={scheme}://me:letmein@host/a.jsonl"))
+    assert "sha256" in str(refusal(tmp_path, f"dataset:\n  data_files: {{train: '{scheme}://host/a.jsonl'}}"))
 
 
 LISTED = "dataset:\n  - path: org/a\n  - path: org/b\n    "  # what follows stands in line 5, column 5

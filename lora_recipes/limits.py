@@ -1,0 +1,84 @@
+"""Limits of time and memory on what a stranger wrote and we run: chat templates, regular expressions."""
+
+import resource
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+TICK = 0.5  # seconds between two looks at a block that runs
+
+
+class TooMuch(Exception):
+    """What a file asked for took more time than it may."""
+
+
+class _Watch:
+    """What `watched` and the blocks in it share: whether the clock ticks, and until when the block of now may take."""
+
+    armed = False
+    deadline: float | None = None
+
+
+def _look(number: int, frame: Any) -> None:
+    if _Watch.deadline is not None and time.monotonic() > _Watch.deadline:
+        raise TooMuch
+
+
+@contextmanager
+def bounded(*, seconds: float, memory: int | None = None) -> Iterator[None]:
+    """A block that is broken off after `seconds`. Only the main thread can be; in another there is no limit.
+
+    Args:
+        memory: bytes that the process may grow by meanwhile (Linux). Within `watched` that of the whole holds.
+
+    Raises:
+        TooMuch: after `seconds`.
+        MemoryError: more than `memory`.
+    """
+    if _Watch.armed:
+        with _deadline(seconds):
+            yield
+    else:
+        with watched(memory=memory), _deadline(seconds):
+            yield
+
+
+@contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    before, _Watch.deadline = _Watch.deadline, time.monotonic() + seconds
+    try:
+        yield
+    finally:
+        _Watch.deadline = before
+
+
+@contextmanager
+def watched(*, memory: int | None = None) -> Iterator[None]:
+    """Many `bounded` blocks, with a clock and a limit of memory that are set once: each then costs a microsecond."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or _Watch.armed or signal.getitimer(signal.ITIMER_REAL)[0]:  # somebody else's clock: a test runner's
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, _look)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    _Watch.armed = True
+    try:
+        if memory is not None:
+            _limit_memory(memory, limits[1])
+        signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        _Watch.armed = False
+
+
+def _limit_memory(more: int, hard: int) -> None:
+    with suppress(OSError, ValueError):  # no /proc, or a lower limit of its own
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, hard))

@@ -1,0 +1,103 @@
+"""What a model's own config may ask for: numbers. Code, kernels and sizes beyond reason are refused before any load."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_recipes.errors import RefusedError
+from lora_recipes.model.weights import require_own_files
+
+# Where transformers takes the name of a hub repository of compiled code (5.23: integrations/hub_kernels.py, is_kernel).
+IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+KERNELS = ("use_kernels", "kernels", "kernel_config")
+COUNTS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_experts",
+    "n_routed_experts",
+    "num_local_experts",
+)
+MOST = 10_000  # layers or experts: each is an object in Python, even without memory
+CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
+
+
+def require_safe_folder(folder: Path, *, trusted: bool = False) -> None:
+    """Look at the configs of a model's folder.
+
+    Args:
+        trusted: whether the recipe lets the model's own code run.
+
+    Raises:
+        RefusedError: a link that leaves the folder, or a config that asks for code.
+    """
+    require_own_files(folder)
+    for file in (folder / name for name in CONFIGS):
+        if not file.is_file():
+            continue
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise RefusedError(f"{file}: cannot be read: {error}; get the file again") from None
+        if not isinstance(values, dict):
+            raise RefusedError(f"{file}: is no mapping; get the file again")
+        require_safe_config(values, str(file), trusted=trusted)
+
+
+def require_safe_config(values: dict[str, Any], where: str, *, trusted: bool = False) -> None:
+    """Raises RefusedError for a config that would fetch compiled code, run its own, or build without end."""
+    for key, value in _entries(values):
+        name = key.rpartition(".")[2].strip("_").removesuffix("_internal")
+        if name in IMPLEMENTATIONS and any("/" in text for text in _texts(value)):
+            raise RefusedError(
+                f"{where}: `{key}: {_short(value)}` names compiled code on the hub, which would run here; remove the entry, "
+                "and choose in the recipe (model.attn_implementation: sdpa)"
+            )
+        if name in KERNELS and value:
+            raise RefusedError(f"{where}: `{key}` asks for compiled code from the hub; remove the entry")
+        if name in COUNTS and isinstance(value, int) and value > MOST:
+            raise RefusedError(f"{where}: `{key}` is {value}, more than any model has ({MOST:,})")
+    if not trusted:
+        _refuse_code(values, where)
+
+
+def _refuse_code(values: dict[str, Any], where: str) -> None:
+    """Code beside a model never runs unasked. Where transformers has the class itself, under the same name, that one is
+    used: many models on the hub still carry the code of the days before it had."""
+    wanted = values.get("auto_map")
+    if not wanted or not isinstance(wanted, dict):
+        return
+    known = _known_classes(values.get("model_type"))
+    for role in ("AutoConfig", "AutoModelForCausalLM"):
+        if role in wanted and str(wanted[role]).rpartition(".")[2] not in known:
+            raise RefusedError(
+                f"{where}: `auto_map` names {_short(wanted[role])!r}, code that comes with the model and that transformers "
+                "does not have. It is not run. If you have read it: model.trust_remote_code=true with model.revision "
+                "pinned to that commit"
+            )
+
+
+def _known_classes(model_type: Any) -> set[str]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    found = (names.get(str(model_type)) for names in (CONFIG_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    return {str(name) for name in found if name}
+
+
+def _entries(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested mappings and lists."""
+    pairs = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in pairs:
+        yield f"{prefix}{key}", value
+        yield from _entries(value, f"{prefix}{key}.")
+
+
+def _texts(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else [text for _, text in _entries(value) if isinstance(text, str)]
+
+
+def _short(value: Any) -> str:
+    return str(value)[:100]

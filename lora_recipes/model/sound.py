@@ -1,0 +1,57 @@
+"""Whether a base that was loaded is the whole model that its config describes: every weight from a file, every one finite."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_recipes.errors import RecipeError, RefusedError
+from lora_recipes.recipe import Recipe
+
+SHOWN = 3  # names of weights in a message
+
+
+def require_whole(model: PreTrainedModel, loading: dict[str, Any], named: str) -> None:
+    """Hold a model against what was loaded into it.
+
+    Args:
+        loading: what `from_pretrained(output_loading_info=True)` says.
+
+    Raises:
+        RefusedError: a weight was in no file, so it is random; or one holds NaN or infinity.
+    """
+    if missing := sorted(loading["missing_keys"]):
+        raise RefusedError(
+            f"{named}: {len(missing)} weights of its architecture are in none of its files ({', '.join(missing[:SHOWN])}), and "
+            "would be random numbers; get the model again, or see whether `model_type` in config.json is right"
+        )
+    broken = [name for name, parameter in model.named_parameters() if not _finite(parameter)]
+    if broken:
+        raise RefusedError(
+            f"{named}: {len(broken)} weights hold NaN or infinity ({', '.join(broken[:SHOWN])}); get the model again"
+        )
+
+
+def _finite(parameter: torch.Tensor) -> bool:
+    """A sum has NaN or infinity where a value has, and takes no memory."""
+    if type(parameter.data) is not torch.Tensor or parameter.is_meta or not parameter.is_floating_point():
+        return True  # sharded, elsewhere, or quantized
+    if bool(parameter.data.sum(dtype=torch.float32).isfinite()):
+        return True
+    return bool(torch.isfinite(parameter.data).all())  # the sum itself may overflow
+
+
+def require_vocabulary(recipe: Recipe, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises RecipeError where a tokenizer makes numbers that the model has no embedding for.
+
+    Tokens that were added and never occur in a row may lie beyond it: some models on the hub have such.
+    """
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    special = [token for token in (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) if token]
+    largest = max([tokenizer.vocab_size - 1, *special])
+    if rows is not None and largest >= rows:
+        raise RecipeError(
+            f"{recipe.where('model.pretrained_model_name_or_path')}: the tokenizer makes tokens up to {largest}, the model has "
+            f"{rows} embeddings; tokenizer and model are not of one make. Resize the embeddings and save the model first "
+            "(model.resize_token_embeddings(len(tokenizer))), or name the model that the tokenizer belongs to"
+        )

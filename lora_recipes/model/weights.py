@@ -1,0 +1,122 @@
+"""The weight files that a folder claims to hold: their names, and whether they are data, whole, and its own."""
+
+import json
+import os
+import struct
+from pathlib import Path, PurePosixPath
+
+from lora_recipes.errors import RefusedError
+
+LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
+CONVERT = "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+
+
+def titles(variant: str | None, kind: str = "safetensors") -> tuple[str, str]:
+    """Names of the only weight file, and of the index of several."""
+    middle, stem = f".{variant}" if variant else "", "model" if kind == "safetensors" else "pytorch_model"
+    return f"{stem}{middle}.{kind}", f"{stem}.{kind}.index{middle}.json"
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor → file, as an index says. Raises RefusedError for one that is broken, or names files of another folder."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RefusedError(f"{index}: no index of weights: {error!r}") from None
+    if not found or not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise RefusedError(f"{index}: no index of weights: `weight_map` names no files")
+    for name in sorted(set(found.values())):
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or ":" in name:
+            raise RefusedError(
+                f"{index}: `weight_map` names {name!r}, a file outside of this folder; it may be anybody's. Get the model "
+                "from its publisher again"
+            )
+    return found
+
+
+def require_own_files(folder: Path) -> None:
+    """Raises RefusedError for a link that leaves the folder: what it leads to is not what the model's author wrote.
+
+    In the hub's cache a snapshot is links to the blobs beside it, which is its own.
+    """
+    home = folder.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    for file in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if not file.is_symlink() or file.resolve().is_relative_to(home):
+            continue
+        target = Path(os.path.normpath(home / file.readlink()))
+        if blobs is None or target.parent != blobs:
+            raise RefusedError(
+                f"{file}: a link to {file.readlink()}, outside of this folder; copy the file itself here"
+            )
+
+
+def require_weights(folder: Path, variant: str | None = None, *, allow_pickle: bool = False) -> str:
+    """Look at the weights that would be loaded from a folder, without loading any.
+
+    Args:
+        allow_pickle: whether weights that are no safetensors may be loaded.
+
+    Returns:
+        "safetensors", or "bin".
+
+    Raises:
+        RefusedError: they are pickles, a file is torn or missing, or an index names what is not there.
+    """
+    single, index = (folder / title for title in titles(variant))
+    if single.is_file():
+        header_of(single)
+        return "safetensors"
+    if index.is_file():
+        _require_shards(index)
+        return "safetensors"
+    pickled = [title for title in titles(variant, "bin") if (folder / title).is_file()]
+    if pickled and not allow_pickle:
+        raise RefusedError(
+            f"{folder / pickled[0]}: a pickle, which can run code when it is loaded, and there is no {single.name}. Ask "
+            f"the publisher for safetensors, or convert a model that you trust: {CONVERT}; --allow-pickle loads it as "
+            "it is"
+        )
+    if pickled and pickled[0].endswith(".json"):
+        _require_there(folder / pickled[0])
+    return "bin" if pickled else "safetensors"
+
+
+def _require_there(index: Path) -> dict[str, str]:
+    files = weight_map(index)
+    for name in sorted(set(files.values())):
+        if not (index.parent / name).is_file():
+            raise RefusedError(f"{index}: names {name}, which is not there; get the file again")
+    return files
+
+
+def _require_shards(index: Path) -> None:
+    files = _require_there(index)
+    held = {name: header_of(index.parent / name).keys() for name in set(files.values())}
+    lost = sorted(tensor for tensor, name in files.items() if tensor not in held[name])
+    if lost:
+        raise RefusedError(f"{index}: {lost[0]} is not in {files[lost[0]]} ({len(lost)} tensors are not where it says)")
+
+
+def header_of(file: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor → shape, of a safetensors file that is as long as its header says.
+
+    Raises:
+        RefusedError: it is not, or is no safetensors file.
+    """
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > LONGEST_HEADER:
+                raise ValueError(f"a header of {length} bytes")
+            entries = json.loads(stream.read(length))
+        entries.pop("__metadata__", None)
+        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, struct.error) as error:
+        raise RefusedError(f"{file}: cannot be read, no safetensors file: {error}; get the file again") from None
+    size = file.stat().st_size
+    if size != end:
+        raise RefusedError(f"{file}: {size:,} bytes long, where its header says {end:,}; it was cut off, get it again")
+    return shapes

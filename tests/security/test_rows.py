@@ -1,0 +1,239 @@
+"""Bad recipes, base models and adapters: each ends with the right exit code and a message that names what is wrong."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_recipes.errors import EXIT_BUG, EXIT_REFUSED, EXIT_USER, LoraRecipesError
+from lora_recipes.model.adapted import attach_adapter, check_adapter, require_change
+from lora_recipes.model.build import load_base, load_tokenizer, model_config
+from lora_recipes.model.identity import base_of, require_base, write_provenance
+from lora_recipes.model.machine import choose
+from lora_recipes.model.sound import require_vocabulary
+from lora_recipes.model.source import locate
+from lora_recipes.model.targets import find_targets
+from lora_recipes.recipe import load_recipe
+from tests.security.hostile import BOMB, KEY, Maker, _index, _linked_shard, _pickles, _torn
+
+
+@pytest.fixture
+def maker(workdir: Path, tiny_model: Path, tiny_data: dict[str, str]) -> Maker:
+    return Maker(workdir, tiny_model, tiny_data)
+
+
+def outcome(run: Callable[[], Any]) -> tuple[int, str]:
+    try:
+        run()
+    except LoraRecipesError as error:
+        return error.exit_code, str(error)
+    except Exception as error:
+        return EXIT_BUG, repr(error)
+    return 0, ""
+
+
+def loaded(recipe: Path) -> Any:
+    """As training does, up to the adapter."""
+    read = load_recipe(recipe)
+    source = locate(read)
+    require_vocabulary(read, model_config(read, source), load_tokenizer(read, source))
+    find_targets(read, model_config(read, source))
+    return load_base(read, source, choose(read))
+
+
+def text(written: str) -> Callable[[Maker], Any]:
+    return lambda maker: load_recipe(maker.text("r", written))
+
+
+def keys(**sections: dict[str, Any]) -> Callable[[Maker], Any]:
+    return lambda maker: load_recipe(maker.recipe("r", **sections))
+
+
+def named(name: str) -> Callable[[Maker], Any]:
+    return lambda maker: load_recipe(maker.folder / f"{name}.yaml")
+
+
+def model(make: Callable[[Maker, str], Path], **sections: dict[str, Any]) -> Callable[[Maker], Any]:
+    return lambda maker: loaded(maker.recipe("r", make(maker, "m"), **sections))
+
+
+def config(**values: Any) -> Callable[[Maker], Any]:
+    return model(lambda maker, name: maker.model(name, values))
+
+
+def adapter(rank: int = 4, **values: Any) -> Callable[[Maker], Any]:
+    return lambda maker: check_adapter(maker.adapter("a", rank, **values))
+
+
+M = "model: {pretrained_model_name_or_path: x}\n"
+
+RECIPES = [
+    ("R1", keys(training={"learning_rat": 1}), EXIT_USER, "did you mean `learning_rate`"),
+    ("R2", text(f"{M}training:\n  seed: 1\n  seed: 2\n"), EXIT_USER, "already set in line 3"),
+    ("R4", keys(training={"seed": "012"}), EXIT_USER, "the text '012'"),
+    ("R4", text(f"{M}training: {{bf16: no}}\n"), EXIT_USER, "write true or false"),
+    ("R4", text(f"{M}training: {{seed: 12:30}}\n"), EXIT_USER, "'12:30'"),
+    ("R5", text("model:\n\ta: 1\n"), EXIT_USER, "a tab stands here"),
+    ("R5", text("model:\n  a: 1\n b: 2\n"), EXIT_USER, "^"),
+    ("R5", text(""), EXIT_USER, "the recipe is empty"),
+    ("R5", text("- a\n"), EXIT_USER, "a recipe must be a mapping"),
+    ("R6", text("model: !!python/object/apply:os.system [x]\n"), EXIT_REFUSED, "tag"),
+    ("R6", text(BOMB), EXIT_REFUSED, "alias"),
+    ("R6", text("#" * 1_000_001), EXIT_REFUSED, "1,000,001 bytes"),
+    ("R7", text(f"{M}training: {{learning_rate: .nan}}\n"), EXIT_USER, "a finite number"),
+    ("R7", keys(training={"learning_rate": -1}), EXIT_USER, "learning_rate"),
+    ("R7", keys(training={"per_device_train_batch_size": 0}), EXIT_USER, "at least 1"),
+    ("R7", keys(lora={"r": 10**9}), EXIT_USER, "at most 1024"),
+    ("R8", keys(training={"fp16": True, "bf16": True}), EXIT_USER, "fp16"),
+    (
+        "R8",
+        lambda maker: load_recipe(maker.recipe("r", quantization={"load_in_4bit": True}), ["lora=null"]),
+        EXIT_USER,
+        "quantization",
+    ),
+    ("R9", keys(generation={"prompts": ["sk-" + "a" * 40]}), EXIT_REFUSED, "its value is not shown"),
+    ("R9", keys(training={"hub_token": "anything"}), EXIT_REFUSED, "its value is not shown"),
+    ("R10", named("a b"), EXIT_USER, "run folder"),
+    ("R10", named("..x"), EXIT_USER, "run folder"),
+    ("R10", named("~x"), EXIT_USER, "run folder"),
+    ("R10", named("a" * 300), EXIT_USER, "run folder"),
+    ("R10", named("a\0b"), EXIT_USER, "run folder"),
+    ("R10", named("con"), EXIT_USER, "run folder"),
+    ("R12", lambda maker: loaded(maker.recipe("r", Path("not/there/at/all"))), EXIT_USER, "no folder"),
+    ("R12", keys(dataset={"data_files": {}}), EXIT_USER, "data_files"),
+]
+
+
+def _shard_gone(maker: Maker, name: str) -> Path:
+    return _index(maker, name, "gone.safetensors")
+
+
+def _wrong_index(maker: Maker, name: str) -> Path:
+    folder = _index(maker, name, "real.safetensors")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.layers.9.extra"] = "real.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _changed(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Maker, str], Path]:
+    def make(maker: Maker, name: str) -> Path:
+        folder = maker.model(name)
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    return make
+
+
+def _tokenizer(**changes: Any) -> Callable[[Maker, str], Path]:
+    def make(maker: Maker, name: str) -> Path:
+        folder = maker.model(name)
+        values = json.loads((folder / "tokenizer_config.json").read_text())
+        values = {key: value for key, value in (values | changes).items() if value is not None}
+        (folder / "tokenizer_config.json").write_text(json.dumps(values))
+        return folder
+
+    return make
+
+
+MODELS = [
+    ("M1", model(_pickles), EXIT_REFUSED, "--allow-pickle"),
+    ("M2", model(_torn), EXIT_REFUSED, "bytes long, where its header says"),
+    ("M2", model(_shard_gone), EXIT_REFUSED, "names gone.safetensors, which is not there"),
+    ("M2", model(_wrong_index), EXIT_REFUSED, "model.layers.9.extra is not in real.safetensors"),
+    ("M3", model(lambda maker, name: _index(maker, name, "../x.safetensors")), EXIT_REFUSED, "outside of this folder"),
+    ("M3", model(_linked_shard), EXIT_REFUSED, "outside of this folder"),
+    ("M4", config(auto_map={"AutoConfig": "evil.Evil"}), EXIT_REFUSED, "`auto_map` names 'evil.Evil'"),
+    ("M4", config(_attn_implementation="evil/kernel"), EXIT_REFUSED, "`_attn_implementation: evil/kernel`"),
+    ("M5", model(_tokenizer(eos_token=None)), EXIT_USER, "training.eos_token"),
+    ("M6", model(lambda maker, name: maker.model(name), training={}), 0, ""),
+    ("M6", config(vocab_size=300), EXIT_USER, "has 300 embeddings"),
+    ("M7", model(_changed(lambda t: t["model.norm.weight"].fill_(float("nan")))), EXIT_REFUSED, "model.norm.weight"),
+    ("M7", model(_changed(lambda t: t["model.norm.weight"].fill_(float("inf")))), EXIT_REFUSED, "model.norm.weight"),
+    ("M2", config(vocab_size=600), EXIT_REFUSED, "other shapes than config.json says"),
+    ("M2", config(num_hidden_layers=3), EXIT_REFUSED, "are in none of its files"),
+    ("M8", config(model_type="bert"), EXIT_REFUSED, "are in none of its files"),
+    ("M8", config(model_type="t5", architectures=["T5Model"]), EXIT_USER, "t5"),
+    ("M8", config(model_type="nobody_knows"), EXIT_USER, "nobody_knows"),
+    ("M9", model(lambda maker, name: maker.adapter(name)), EXIT_REFUSED, "is an adapter, not a model"),
+]
+
+
+def _other_base(maker: Maker) -> None:
+    """The same shape, another weight."""
+    own, other = (
+        load_recipe(maker.recipe("a", maker.model("own"))),
+        load_recipe(
+            maker.recipe("b", _changed(lambda tensors: tensors["model.norm.weight"].fill_(2.0))(maker, "other"))
+        ),
+    )
+    folder = maker.adapter("of-own")
+    write_provenance(folder, base_of(own, locate(own)))
+    assert require_base(folder, base_of(own, locate(own)), force=False) is None
+    require_base(folder, base_of(other, locate(other)), force=False)
+
+
+def _attached(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Maker], Any]:
+    def run(maker: Maker) -> None:
+        folder = maker.adapter("a")
+        tensors = load_file(folder / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        attach_adapter(loaded(maker.recipe("r", maker.model("m"))), folder)
+
+    return run
+
+
+def _renamed(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[KEY.format("A").replace("q_proj", "x_proj")] = tensors.pop(KEY.format("A"))
+
+
+def _untrained(maker: Maker) -> None:
+    folder = maker.adapter("a")
+    save_file(
+        {KEY.format("A"): torch.ones(4, 64), KEY.format("B"): torch.zeros(64, 4)}, folder / "adapter_model.safetensors"
+    )
+    require_change(folder)
+
+
+ADAPTERS = [
+    ("A1", _other_base, EXIT_REFUSED, "--force"),
+    ("A2", adapter(rank=8), EXIT_REFUSED, "rank 8, its config says r = 4"),
+    (
+        "A2",
+        _attached(lambda t: t.update({KEY.format("A"): torch.ones(4, 63)})),
+        EXIT_REFUSED,
+        "not an adapter of this model",
+    ),
+    ("A3", _attached(lambda t: t.pop(KEY.format("B"))), EXIT_REFUSED, "keys are missing"),
+    ("A3", _attached(_renamed), EXIT_REFUSED, "x_proj"),
+    ("A4", adapter(peft_version="99.0", new=1), EXIT_USER, "upgrade PEFT"),
+    ("A4", adapter(peft_type="EVIL"), EXIT_USER, "`peft_type` is 'EVIL'"),
+    ("A4", adapter(unknown=1), EXIT_REFUSED, "is no field of peft.LoraConfig"),
+    ("A5", lambda maker: loaded(maker.recipe("r", lora={"target_modules": ["nothing"]})), EXIT_USER, "q_proj"),
+    ("A6", _attached(lambda t: t[KEY.format("A")].fill_(float("nan"))), EXIT_REFUSED, "NaN"),
+    ("A6", _untrained, EXIT_REFUSED, "changes nothing"),
+]
+
+
+@pytest.mark.parametrize(
+    ("row", "run", "code", "said"),
+    [pytest.param(*case, id=f"{case[0]}-{number}") for number, case in enumerate(RECIPES + MODELS + ADAPTERS)],
+)
+def test_a_bad_input_ends_with_its_code_and_says_what_is_wrong(
+    maker: Maker, row: str, run: Callable[[Maker], Any], code: int, said: str
+):
+    found, message = outcome(lambda: run(maker))
+    assert (found, said in message) == (code, True), message
+
+
+def test_numbers_are_read_as_in_yaml_1_2(maker: Maker):
+    """R3"""
+    recipe = load_recipe(maker.text("r", maker.recipe("r").read_text().replace("0.01", "1e-4")))
+    assert recipe.get("training.learning_rate") == 1e-4
