@@ -54,6 +54,9 @@ lint: install-dev  ## ruff and mypy
 bench: install-dev  ## every section into docs/performance.md; DATA=alpaca.json lays the job out, PEERS=1 measures the other tools too
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.suite $(if $(PEERS),--with-peers) $(if $(DATA),--data "$(DATA)") $(BENCH)
 
+bench-regress: install-dev  ## is a training step or the tokenisation slower than benchmarks/ratios.json says? BENCH=--store writes it
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.regress $(BENCH)
+
 bench-data: install-dev  ## rows to tokens: ours, the bare tokenizer, SFTTrainer; BENCH="--rows 20000" for a quick look
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/data_preparation.py $(BENCH)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import job, peers, results
+from benchmarks import data_preparation, job, latency, memory, merge, peers, results, scaling
 from benchmarks.peers.measure import OTHERS, OURS
 
 DATA_WANTED = (
@@ -121,8 +121,69 @@ def _measure_job(args: argparse.Namespace, command: str) -> None:
     job.measure(options, command)
 
 
+def _measure_latency(args: argparse.Namespace, command: str) -> None:
+    _kept("latency", command, lambda: latency.measure(args.runs))
+
+
+def _measure_data(args: argparse.Namespace, command: str) -> None:
+    _kept("data", command, lambda: data_preparation.measure(args.rows, args.rows // 4))
+
+
+def _measure_merge(args: argparse.Namespace, command: str) -> None:
+    _kept("merge", command, lambda: merge.measure(args.layers, args.runs))
+
+
+def _measure_memory(args: argparse.Namespace, command: str) -> None:
+    _kept("memory", command, lambda: list(memory.measure([memory.LARGE])))
+
+
+def _measure_scaling(args: argparse.Namespace, command: str) -> None:
+    def keep(part: dict[str, Any]) -> None:
+        facts = results.ended(results.begun(command))
+        kept = results.read().get("scaling", {}).get("figures", {})
+        results.keep("scaling", {"machine": facts, "figures": kept | part})
+
+    scaling.measure(args.only, keep)
+
+
+def _kept(section: str, command: str, measure: Callable[[], Any]) -> None:
+    facts = results.begun(command)
+    figures = measure()
+    results.keep(section, {"machine": results.ended(facts), "figures": figures})
+
+
+def _of_data(figures: dict[str, Any]) -> list[str]:
+    rows = f"{figures['ours']['rows']:,} chat rows with {figures['ours']['tokens']:,} tokens."
+    again = f"The second start took {figures['ours']['again']:.2f} s."
+    return [rows, "", *results.table(data_preparation.HEADS, data_preparation.cells(figures)), "", again]
+
+
+def _of_memory(figures: list[dict[str, Any]]) -> list[str]:
+    heads = ["setting (rows x tokens)", "weights MB", "planned MB", "measured MB", "measured / planned", "bound met"]
+    body = []
+    for one in figures:
+        planned, real = one["planned"], one["measured"]
+        ratio = real["process"] / planned["process"]
+        sizes = [f"{size / memory.MIB:,.0f}" for size in (planned["weights"], planned["process"], real["process"])]
+        body.append([one["setting"], *sizes, f"{ratio:.2f}", "yes" if ratio <= MOST_OF_PLAN else "no"])
+    told = f"The bound is {MOST_OF_PLAN} x all that `plan` predicts, of which the NF4 weights are a part."
+    return [*results.table(heads, body), "", told]
+
+
+def _section(shown: Callable[[Any], list[str]]) -> Callable[[Any, argparse.Namespace], list[str]]:
+    return lambda found, args: [results.described(found["machine"]), "", *shown(found["figures"])]
+
+
+MOST_OF_PLAN = 1.3
 SECTIONS: dict[str, tuple[Callable[[argparse.Namespace, str], None], Callable[[Any, argparse.Namespace], list[str]]]]
-SECTIONS = {"job": (_measure_job, lambda found, args: job.markdown(found, args.device))}
+SECTIONS = {
+    "job": (_measure_job, lambda found, args: job.markdown(found, args.device)),
+    "latency": (_measure_latency, _section(lambda figures: latency.markdown(figures).splitlines())),
+    "data": (_measure_data, _section(_of_data)),
+    "merge": (_measure_merge, _section(merge.markdown)),
+    "memory": (_measure_memory, _section(_of_memory)),
+    "scaling": (_measure_scaling, _section(scaling.markdown)),
+}
 
 
 if __name__ == "__main__":
