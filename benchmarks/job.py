@@ -106,6 +106,8 @@ def measure(options: Options, command: str) -> None:
     found["rates"] = {dtype: rate.measured(dtype, options.cores) for dtype in ("float32", "bfloat16")}
     found["weights"] = weights_of(peers.opened(options.lab).base)
     found["base_held_out"] = peers.held_out_loss(None, options.lab, options.cores)
+    if options.device == "gpu":
+        found["gpu"] = results.card()
     for number in range(1, options.rounds + 1):
         for job in options.jobs:
             for name, checkpointing in order(options, found["rows"], job, number):
@@ -242,7 +244,8 @@ def markdown(found: Row, device: str = "cpu") -> list[str]:
     lines = [results.described(found["machine"]), ""]
     limits = f"{rates['float32'] / 1e9:,.0f} GFLOP/s in float32 and {rates['bfloat16'] / 1e9:,.0f} in bf16"
     base = found["base_held_out"].get("loss")
-    lines += [f"{_asked(found['asked'])} Matrix products alone: {limits}.", ""]
+    alone = f"Matrix products alone: {limits}." if device == "cpu" else f"Card: {found['gpu']}."
+    lines += [f"{_asked(found['asked'])} {alone}", ""]
     lines += [f"Held-out loss of the base: {base:.4f}.", ""] if base else []
     for job in jobs:
         tools = grouped(rows, job)

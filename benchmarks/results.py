@@ -31,6 +31,16 @@ def machine() -> Row:
     }
 
 
+def card() -> str:
+    """Name, driver and memory of the first GPU, as its own tool says."""
+    words = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (no nvidia-smi)"
+    return done.stdout.splitlines()[0]
+
+
 def begun(command: str) -> Row:
     """The facts of a section that is about to be measured."""
     return machine() | {"date": _now(), "commit": _commit(), "command": command, "load_before": os.getloadavg()[0]}

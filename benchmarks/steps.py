@@ -1,6 +1,8 @@
 """Training steps of a recipe, in this process, each with what it took."""
 
+import sys
 import time
+from contextlib import redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,8 @@ def timed(path: Path, words: list[str]) -> dict[str, Any]:
     args.disable_tqdm = True
     base = load_base(recipe, source, choices)
     trainer = build_trainer(recipe, args, choices, base, tokenizer, data, [Clock()])
-    trainer.train()
+    with redirect_stdout(sys.stderr):  # what is printed to the end is the caller's
+        trainer.train()
     parameters = sum(one.numel() for one in trainer.model.parameters() if not one.requires_grad)
     steps = list(pairwise(clocks))
     return {

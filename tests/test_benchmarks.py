@@ -105,6 +105,14 @@ def test_the_tables_have_medians_ratios_and_why_a_figure_is_missing(found: dict[
         assert lines[start - 1].count("|") == lines[start].count("|")
 
 
+def test_on_a_card_the_table_has_its_memory_and_wall_seconds(found: dict[str, Any]):
+    for one in found["rows"][:3]:
+        one |= {"real_per_second": 5000.0, "supervised_per_second": 900.0, "gpu_mb": 812.0, "dtype": "bfloat16"}
+    lines = job.markdown(found | {"gpu": "a card"}, "gpu")
+    assert any(line.startswith("| **lora-recipes** | bf16 | 5,000 | 900 | 1.50 | 812 |") for line in lines)
+    assert not any("CPU s |" in line and line.startswith("| real") for line in lines)
+
+
 def test_a_token_needs_the_head_only_where_it_is_supervised():
     assert rate.flops_per_token(100, 50, 10, 0.5) == 400 + 100 + 60
 
