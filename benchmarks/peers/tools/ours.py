@@ -71,7 +71,14 @@ def _peer(name: str) -> Peer:
 
     def merge(lab: Lab, job: str) -> list[Command]:
         recipe = lab.made(name) / f"{job}.yaml"
-        words = [sys.executable, "-m", "lora_recipes", "merge", str(recipe)]
+        words = [
+            sys.executable,
+            "-m",
+            "lora_recipes",
+            "merge",
+            str(recipe),
+            "merge.proof=weights",
+        ]  # no peer proves more
         return [Command(words, {"PYTHONPATH": str(ROOT)}, cwd=lab.out(name, job))]
 
     return Peer(
