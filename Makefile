@@ -9,7 +9,7 @@ CONFIG ?=
 VERBS := check show plan audit preview generate chat evaluate merge export push status
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test proofs lint bench-data bench-memory bench-merge bench-hot-swap bench-forgetting bench-latency table schema data train new $(VERBS)
+.PHONY: help install install-dev demo test proofs lint bench bench-regress bench-data bench-memory bench-merge bench-hot-swap bench-forgetting bench-latency table schema data train new $(VERBS)
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z$$][a-zA-Z$$()_-]*:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,12 @@ lint: install-dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: install-dev  ## every section into docs/performance.md; DATA=alpaca.json lays the job out, PEERS=1 measures the other tools too
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.suite $(if $(PEERS),--with-peers) $(if $(DATA),--data "$(DATA)") $(BENCH)
+
+bench-regress: install-dev  ## is a training step or the tokenisation slower than benchmarks/ratios.json says? BENCH=--store writes it
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.regress $(BENCH)
 
 bench-data: install-dev  ## rows to tokens: ours, the bare tokenizer, SFTTrainer; BENCH="--rows 20000" for a quick look
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/data_preparation.py $(BENCH)

@@ -5,7 +5,7 @@
 Each setting trains three steps in a process of its own, twice: once with every tensor tracked from the third step on
 (`lora_recipes.plan.tracker`), once without, for the process's peak resident memory from before the model is loaded. Rows
 have exactly the planned length; all positions but the first tenth have a loss. The demo model is SmolLM2-135M-Instruct; the
-other is a Llama of 364 million random weights, made by this file.
+others are Llamas of 364 million and 1.07 billion random weights, made by this file.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,15 @@ LLAMA_CONFIG = {
     "bos_token_id": 1,
     "pad_token_id": 2,
 }
+LLAMA_1B = "llama-1b"
+LLAMA_1B_CONFIG = LLAMA_CONFIG | {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+}
+LLAMAS = {LLAMA: LLAMA_CONFIG, LLAMA_1B: LLAMA_1B_CONFIG}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 QV = ["q_proj", "v_proj"]
 # Unset: float32, no quantization, no checkpointing, all linear layers, adamw_torch, no autocast.
@@ -61,10 +71,20 @@ SETTINGS: list[dict[str, Any]] = [
         "bf16": True,
         "quantization": NF4 | {"bnb_4bit_compute_dtype": "bfloat16"},
     },
+    {
+        "model": LLAMA_1B,
+        "rows": 1,
+        "length": 512,
+        "dtype": "bfloat16",
+        "bf16": True,
+        "quantization": NF4 | {"bnb_4bit_compute_dtype": "bfloat16"},
+        "checkpointing": True,
+    },
 ]
+LARGE = len(SETTINGS) - 1  # of 1.07 billion weights
 
 
-def make_llama(folder: Path, dtype: str) -> Path:
+def make_llama(folder: Path, dtype: str, sizes: Mapping[str, Any] = LLAMA_CONFIG) -> Path:
     """Write the random Llama in the type that it is loaded in, with the demo model's tokenizer.
 
     A file of another type would be mapped whole beside the weights that are made of it.
@@ -75,7 +95,7 @@ def make_llama(folder: Path, dtype: str) -> Path:
     from lora_recipes.model.package import unpack
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", **LLAMA_CONFIG)
+    config = AutoConfig.for_model("llama", **sizes)
     AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(unpack(DEMO)).save_pretrained(folder)
     return folder
@@ -116,7 +136,7 @@ def write_recipe(folder: Path, setting: dict[str, Any], model: str) -> Path:
 
 
 def predicted(path: Path) -> dict[str, int]:
-    """{"tensors", "process"} in bytes: without and with what libraries and allocator hold."""
+    """{"tensors", "process"} in bytes: without and with what libraries and allocator hold; "weights": of the frozen base."""
     from dataclasses import replace
 
     from lora_recipes.plan import Estimate, config_of, target_of
@@ -128,7 +148,8 @@ def predicted(path: Path) -> dict[str, int]:
     scored = 1 - (int(MASKED * step.length) - 1) / (step.length - 1)  # the first position has no loss anyway
     memory = estimate.memory(replace(step, scored=scored))
     around = sum(memory.parts.get(part, 0) for part in ("fragmentation", "runtime", "loading"))
-    return {"tensors": memory.expected - around, "process": memory.expected}
+    weights = memory.parts["base_weights"]
+    return {"tensors": memory.expected - around, "process": memory.expected, "weights": weights}
 
 
 def measured(path: Path, track: bool) -> dict[str, int]:
@@ -207,7 +228,7 @@ def in_own_process(what: str, path: Path) -> dict[str, int]:
 
 def named(setting: dict[str, Any]) -> str:
     """A setting in words."""
-    model = "SmolLM2-135M" if setting["model"] == DEMO else "Llama-364M"
+    model = {DEMO: "SmolLM2-135M", LLAMA: "Llama-364M", LLAMA_1B: "Llama-1.07B"}[setting["model"]]
     quantized, targets = "quantization" in setting, setting.get("targets", "all-linear")
     words = [
         model,
@@ -220,6 +241,35 @@ def named(setting: dict[str, Any]) -> str:
         setting.get("optim", "adamw_torch"),
     ]
     return ", ".join(word for word in words if word)
+
+
+def measure(numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Of each setting {"setting": its name, "planned", "measured": bytes of "tensors" and "process"}."""
+    with tempfile.TemporaryDirectory() as folder:
+        made: dict[tuple[str, str], str] = {}
+        for number in numbers:
+            setting = SETTINGS[number]
+            name, dtype = setting["model"], setting.get("dtype", "float32")
+            if name in LLAMAS and (name, dtype) not in made:
+                made[name, dtype] = str(make_llama(Path(folder) / f"{name}-{dtype}", dtype, LLAMAS[name]))
+            own = Path(folder) / str(number)
+            own.mkdir()
+            path = write_recipe(own, setting, made.get((name, dtype), name))
+            planned = in_own_process("predicted", path)
+            real = in_own_process("tensors", path) | in_own_process("process", path)
+            yield {"setting": named(setting), "planned": planned, "measured": real}
+
+
+def line(found: dict[str, Any]) -> str:
+    """A setting's figures as a line of the table."""
+    cells = [found["setting"]]
+    for key in ("tensors", "process"):
+        planned, real = found["planned"][key], found["measured"][key]
+        cells += [f"{planned / MIB:,.0f}", f"{real / MIB:,.0f}", f"{100 * (planned / real - 1):+.1f} %"]
+    return "| " + " | ".join(cells) + " |"
+
+
+HEAD = "| setting (rows x tokens) | tensors: planned | measured | off | process: planned | measured | off |"
 
 
 def main() -> None:
@@ -237,30 +287,14 @@ def main() -> None:
         sys.stdout.write(json.dumps(found) + "\n")
         return
     lines = []
-    with tempfile.TemporaryDirectory() as folder:
-        kinds = {setting.get("dtype", "float32") for setting in SETTINGS if setting["model"] == LLAMA}
-        llamas = {kind: make_llama(Path(folder) / f"{LLAMA}-{kind}", kind) for kind in sorted(kinds)}
-        for number in args.only if args.only is not None else range(len(SETTINGS)):
-            setting = SETTINGS[number]
-            own = Path(folder) / str(number)
-            own.mkdir()
-            path = write_recipe(
-                own, setting, DEMO if setting["model"] == DEMO else str(llamas[setting.get("dtype", "float32")])
-            )
-            expected = in_own_process("predicted", path)
-            real = in_own_process("tensors", path) | in_own_process("process", path)
-            cells = [named(setting)]
-            for key in ("tensors", "process"):
-                off = 100 * (expected[key] / real[key] - 1)
-                cells += [f"{expected[key] / MIB:,.0f}", f"{real[key] / MIB:,.0f}", f"{off:+.1f} %"]
-            lines.append("| " + " | ".join(cells) + " |")
-            sys.stdout.write(lines[-1] + "\n")
-            sys.stdout.flush()
+    for found in measure(args.only if args.only is not None else range(len(SETTINGS))):
+        lines.append(line(found))
+        sys.stdout.write(lines[-1] + "\n")
+        sys.stdout.flush()
     if args.write:
         from lora_recipes.plan.table import write_block
 
-        head = "| setting (rows x tokens) | tensors: planned | measured | off | process: planned | measured | off |"
-        write_block(Path("docs/plan.md"), "memory", [head, "|---|--:|--:|--:|--:|--:|--:|", *lines])
+        write_block(Path("docs/plan.md"), "memory", [HEAD, "|---|--:|--:|--:|--:|--:|--:|", *lines])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -222,47 +223,80 @@ def main() -> None:
     if args.child:
         child(args.child, *args.at)
         return
-    with tempfile.TemporaryDirectory(dir=args.folder or Path.cwd(), prefix=".bench-merge-") as place:
-        report(Path(place), args)
+    found = measure(
+        args.layers,
+        args.pairs,
+        kills=args.kills,
+        with_memory=not args.no_memory,
+        folder=args.folder,
+        say=sys.stderr.write,
+    )
+    print("\n".join(markdown(found)))
 
 
-def report(place: Path, args: argparse.Namespace) -> None:
-    base, adapter, target = place / "base", place / "adapter", place / "merged"
-    make_base(base, args.layers)
-    make_adapter(base, adapter)
-    size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-    sys.stderr.write(f"base: {size / 1e9:.2f} GB\n")
-    found: dict[str, list[dict[str, float]]] = {"stream": [], "copy": []}
-    of_ours: dict[str, str] = {}
-    for pair in range(args.pairs):
-        for way in ("stream", "copy") if pair % 2 else ("copy", "stream"):
-            found[way].append(run(way, base, adapter, target))
-            sys.stderr.write(f"{way}: {found[way][-1]}\n")
-            if way == "stream":
-                ours = sums(target)
-                of_ours = of_ours or ({} if args.no_memory else tensors(target))
+def measure(
+    layers: int,
+    pairs: int = 3,
+    *,
+    kills: int = 0,
+    with_memory: bool = True,
+    folder: Path | None = None,
+    say: Callable[[str], object] = lambda text: None,
+) -> dict[str, Any]:
+    """The runs of each way, seconds and bytes, and what was found of sameness: {"bytes", "ways": {way: [run]}, "ratios" …}."""
+    with tempfile.TemporaryDirectory(dir=folder or Path.cwd(), prefix=".bench-merge-") as name:
+        place = Path(name)
+        base, adapter, target = place / "base", place / "adapter", place / "merged"
+        make_base(base, layers)
+        make_adapter(base, adapter)
+        size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+        say(f"base: {size / 1e9:.2f} GB\n")
+        ways: dict[str, list[dict[str, float]]] = {"stream": [], "copy": []}
+        ours: dict[str, str] = {}
+        of_ours: dict[str, str] = {}
+        for pair in range(pairs):
+            for way in ("stream", "copy") if pair % 2 else ("copy", "stream"):
+                ways[way].append(run(way, base, adapter, target))
+                say(f"{way}: {ways[way][-1]}\n")
+                if way == "stream":
+                    ours = sums(target)
+                    of_ours = of_ours or (tensors(target) if with_memory else {})
+                shutil.rmtree(target)
+        found: dict[str, Any] = {"bytes": size, "layers": layers, "ways": ways}
+        found["ratios"] = [
+            mine["seconds"] / theirs["seconds"] for mine, theirs in zip(ways["stream"], ways["copy"], strict=True)
+        ]
+        if with_memory:
+            ways["memory"] = [run("memory", base, adapter, target)]
+            found["same_as_memory"] = tensors(target) == of_ours
             shutil.rmtree(target)
-    ratios = [ours["seconds"] / theirs["seconds"] for ours, theirs in zip(found["stream"], found["copy"], strict=True)]
-    rows = list(found.items())
-    if not args.no_memory:
-        rows.append(("memory", [run("memory", base, adapter, target)]))
-        same = tensors(target) == of_ours
-        shutil.rmtree(target)
-    print(f"{size / 1e9:.2f} GB, {args.layers} layers, fp16, rank {RANK} on all linear layers\n")
-    print("| way | seconds (median) | peak above imports, MB |\n|---|---|---|")
-    for way, runs in rows:
+        if kills:
+            seconds = statistics.median(mine["seconds"] for mine in ways["stream"])
+            deaths = killed(base, adapter, target, seconds, kills)
+            found["killed"] = {"deaths": deaths, "tries": kills, "same": sums(target) == ours}
+        return found
+
+
+def markdown(found: dict[str, Any]) -> list[str]:
+    """The figures as a table and what else was found."""
+    lines = [f"{found['bytes'] / 1e9:.2f} GB, {found['layers']} layers, fp16, rank {RANK} on all linear layers", ""]
+    lines += ["| way | seconds (median) | peak above imports, MB |", "|---|--:|--:|"]
+    for way, runs in found["ways"].items():
         seconds = statistics.median(run["seconds"] for run in runs)
         peak = max(run["peak"] - run["imports"] for run in runs) / 1e6
-        print(f"| {way} | {seconds:.1f} | {peak:,.0f} |")
-    print(
-        f"\nstream / copy, median of {len(ratios)} pairs: {statistics.median(ratios):.2f} ({', '.join(f'{r:.2f}' for r in ratios)})"
-    )
-    if not args.no_memory:
-        print(f"tensors equal to those of PEFT in memory, bit for bit: {same}")
-    if args.kills:
-        seconds = statistics.median(run["seconds"] for run in found["stream"])
-        deaths = killed(base, adapter, target, seconds, args.kills)
-        print(f"killed {deaths} times of {args.kills} tries, then finished: same sha256: {sums(target) == ours}")
+        lines.append(f"| {way} | {seconds:.1f} | {peak:,.0f} |")
+    ratios = found["ratios"]
+    each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    lines += ["", f"stream / copy, median of {len(ratios)} pairs: {statistics.median(ratios):.2f} ({each})"]
+    if "same_as_memory" in found:
+        lines += ["", f"tensors equal to those of PEFT in memory, bit for bit: {found['same_as_memory']}"]
+    if "killed" in found:
+        told = found["killed"]
+        lines += [
+            "",
+            f"killed {told['deaths']} times of {told['tries']} tries, then finished: same sha256: {told['same']}",
+        ]
+    return lines
 
 
 if __name__ == "__main__":

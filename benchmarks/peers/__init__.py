@@ -16,12 +16,13 @@ from benchmarks.peers.measure import (
     measure_merge,
     traced,
 )
-from benchmarks.peers.peer import TARGETS, CannotError
+from benchmarks.peers.peer import TARGETS, CannotError, Job
 
 __all__ = [
     "PEERS",
     "TARGETS",
     "CannotError",
+    "Job",
     "Lab",
     "adapter_of",
     "default_folder",

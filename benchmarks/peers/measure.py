@@ -1,8 +1,10 @@
 """Rows of the comparison: a tool's training, its help, its merge, and the held-out loss of what it trained."""
 
 import json
+import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from benchmarks.peers.run import measured
 from benchmarks.peers.tools import axolotl, litgpt, llamafactory, ours, swift, torchtune, trl
 
 ROOT = Path(__file__).parent.parent.parent
-OURS: dict[str, Peer] = {peer.name: peer for peer in (ours.PEER, ours.FLOAT32)}
+OURS: dict[str, Peer] = {peer.name: peer for peer in (ours.PEER, ours.FLOAT32, ours.FLASH_ATTENTION)}
 OTHERS: dict[str, Peer] = {tool.PEER.name: tool.PEER for tool in (axolotl, torchtune, trl, llamafactory, litgpt, swift)}
 PEERS = OURS | OTHERS
 HELP_SECONDS, MERGE_SECONDS = 300, 900
@@ -29,6 +31,7 @@ def measure(
     cores: int | None = None,
     schedule: str = "constant",
     checkpointing: bool | None = None,
+    device: str = "cpu",
     timeout: float = 3600,
 ) -> dict[str, Any]:
     """Train with one tool, traced; its earlier result of this job is deleted first.
@@ -38,7 +41,7 @@ def measure(
     A tool that failed has `rc` and `error`; one that cannot do this has `rc` None and `reason`.
     """
     tool, place = PEERS[peer], opened(lab)
-    asked = Job(job, steps, schedule, checkpointing)
+    asked = Job(job, steps, schedule, checkpointing, device=device)
     row: dict[str, Any] = _named(tool, place, job, threads) | {
         "asked_steps": steps,
         "cores": cores,
@@ -48,7 +51,13 @@ def measure(
     }
     shutil.rmtree(place.out(peer, job), ignore_errors=True)
     try:
-        took = _run(tool, place, f"{peer}-{job}", tool.train(place, asked), threads, timeout, cores, trace=True)
+        if device == "gpu" and not tool.gpu:
+            raise CannotError("measured on CPUs only")
+        command = tool.train(place, asked)
+        if device == "gpu":
+            cards = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
+            command = replace(command, environment={**command.environment, **cards})
+        took = _run(tool, place, f"{peer}-{job}", command, threads, timeout, cores, trace=True)
     except CannotError as reason:
         return row | {"rc": None, "reason": str(reason)}
     if took["rc"] == 0 and took.get("steps") != steps:

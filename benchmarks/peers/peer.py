@@ -28,6 +28,7 @@ class Job:
     max_length: int = 512
     batch: int = 4
     learning_rate: float = 2e-4
+    device: str = "cpu"  # or "gpu", in bf16
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -62,6 +63,7 @@ class Peer:
     prepare: Callable[[Lab], list[Command]] = lambda lab: []  # once, after it was installed
     checkpointing: bool = False  # of activations, where the job leaves it open
     differs: str = ""  # what of the job it does another way
+    gpu: bool = False  # whether its command can be asked to train on one
     own: bool = False  # run by the interpreter that measures, instead of in an environment of its own
 
 

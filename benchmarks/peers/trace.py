@@ -27,6 +27,8 @@ def figures(path: Path, started: float | None) -> dict[str, Any]:
         "threads": last["threads"],
         "training_rss_mb": last["peak_mb"],  # of the training process, until the last step
     } | {f"{kind}_tokens": sum(step[kind] for step in steps) for kind in KINDS}
+    if last.get("gpu_mb"):
+        found["gpu_mb"] = last["gpu_mb"]
     if started is not None:
         found["first_step"] = first["time"] - started
     if later:

@@ -81,6 +81,8 @@ def peak_mb() -> float:
 def stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
     import torch
 
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # the clock counts what was computed, not what was asked for
     batch = seen.batch
     seen.step += 1
     supervised = seen.supervised or batch.get("supervised", 0)
@@ -92,6 +94,7 @@ def stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
         "cpu": time.process_time(),
         "session_cpu": session_cpu() if seen.step == 1 else None,
         "peak_mb": peak_mb(),
+        "gpu_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_initialized() else None,
         "padded": seen.padded or batch.get("padded", 0),
         "real": seen.real or batch.get("real", 0),
         "supervised": supervised,
@@ -121,7 +124,9 @@ def watch_embeddings(module: Any) -> None:
         out = forward(self, ids)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.num_embeddings < SMALLEST_VOCABULARY:
             return out
-        seen.dtype = str(out.dtype).removeprefix("torch.")
+        kind = out.device.type
+        computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else out.dtype
+        seen.dtype = str(computed).removeprefix("torch.")
         seen.padded += ids.numel()
         seen.real += sum(real_tokens(row) for row in ids.reshape(-1, ids.shape[-1]).tolist())
         return out

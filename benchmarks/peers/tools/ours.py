@@ -1,17 +1,21 @@
-"""This project: a recipe of the job under `accelerate launch`, in the type that the machine is best at, or in float32."""
+"""This project: a recipe of the job under `accelerate launch`, in the type that the machine is best at, or in float32.
 
+On a GPU in bf16, with torch's own attention or with flash attention.
+"""
+
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.lab import Lab
-from benchmarks.peers.peer import SEED, Command, Job, Peer, write_config
+from benchmarks.peers.peer import SEED, CannotError, Command, Job, Peer, write_config
 
 ROOT = Path(__file__).parent.parent.parent.parent
-NAMES = {True: "lora-recipes", False: "lora-recipes-float32"}
+OWN, FLOAT32_ONLY, FLASH = "lora-recipes", "lora-recipes-float32", "lora-recipes-flash"
 
 
-def _recipe(lab: Lab, job: Job, bf16: bool) -> Path:
+def _recipe(lab: Lab, job: Job, name: str) -> Path:
     checkpointing = bool(job.checkpointing)
     recipe: dict[str, Any] = {
         "model": {"pretrained_model_name_or_path": str(lab.base), "dtype": "float32"},
@@ -38,42 +42,57 @@ def _recipe(lab: Lab, job: Job, bf16: bool) -> Path:
             "logging_steps": 1,
             "save_strategy": "no",
             "seed": SEED,
-            "bf16": bf16,
+            "bf16": name != FLOAT32_ONLY,
         },
         "merge": {"dtype": "float32"},
     }
-    path = lab.made(NAMES[bf16]) / f"{job.name}.yaml"
+    if job.device == "gpu" and name != FLOAT32_ONLY:
+        recipe["model"]["dtype"] = "bfloat16"
+    if name == FLASH:
+        recipe["model"]["attn_implementation"] = "flash_attention_2"
+    path = lab.made(name) / f"{job.name}.yaml"
     write_config(path, recipe)
     return path
 
 
-def _run_folder(lab: Lab, job: str, bf16: bool) -> Path:
-    return lab.out(NAMES[bf16], job) / "outputs" / job
+def _run_folder(lab: Lab, job: str, name: str) -> Path:
+    return lab.out(name, job) / "outputs" / job
 
 
-def _peer(bf16: bool) -> Peer:
+def _peer(name: str) -> Peer:
     def train(lab: Lab, job: Job) -> Command:
-        recipe = _recipe(lab, job, bf16)
+        if name == FLASH and (job.device == "cpu" or importlib.util.find_spec("flash_attn") is None):
+            raise CannotError("needs a GPU" if job.device == "cpu" else "flash-attn is not installed")
+        recipe = _recipe(lab, job, name)
+        config = ROOT / "accelerate_configs" / ("cpu.yaml" if job.device == "cpu" else "single_gpu.yaml")
         words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-        words += [str(ROOT / "accelerate_configs" / "cpu.yaml"), str(ROOT / "run.py"), str(recipe)]
-        return Command(words, cwd=lab.out(NAMES[bf16], job.name))
+        words += [str(config), str(ROOT / "run.py"), str(recipe)]
+        return Command(words, cwd=lab.out(name, job.name))
 
     def merge(lab: Lab, job: str) -> list[Command]:
-        recipe = lab.made(NAMES[bf16]) / f"{job}.yaml"
-        words = [sys.executable, "-m", "lora_recipes", "merge", str(recipe)]
-        return [Command(words, {"PYTHONPATH": str(ROOT)}, cwd=lab.out(NAMES[bf16], job))]
+        recipe = lab.made(name) / f"{job}.yaml"
+        words = [
+            sys.executable,
+            "-m",
+            "lora_recipes",
+            "merge",
+            str(recipe),
+            "merge.proof=weights",
+        ]  # no peer proves more
+        return [Command(words, {"PYTHONPATH": str(ROOT)}, cwd=lab.out(name, job))]
 
     return Peer(
-        name=NAMES[bf16],
+        name=name,
         distribution="lora-recipes",
         pip=(),
         help=lambda lab: Command([sys.executable, "-m", "lora_recipes", "--help"], {"PYTHONPATH": str(ROOT)}),
         train=train,
-        adapter=lambda lab, job: _run_folder(lab, job, bf16) / "adapter",
+        adapter=lambda lab, job: _run_folder(lab, job, name) / "adapter",
         merge=merge,
-        merged=lambda lab, job: _run_folder(lab, job, bf16) / "merged",
+        merged=lambda lab, job: _run_folder(lab, job, name) / "merged",
+        gpu=True,
         own=True,
     )
 
 
-PEER, FLOAT32 = _peer(True), _peer(False)
+PEER, FLOAT32, FLASH_ATTENTION = _peer(OWN), _peer(FLOAT32_ONLY), _peer(FLASH)

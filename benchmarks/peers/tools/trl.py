@@ -9,7 +9,7 @@ from benchmarks.peers.peer import SEED, TORCH, Command, Job, Peer, write_config
 def _train(lab: Lab, job: Job) -> Command:
     config = {
         "model_name_or_path": str(lab.base),
-        "dtype": "float32",
+        "dtype": "bfloat16" if job.device == "gpu" else "float32",
         "datasets": [{"path": "json", "data_files": str(lab.completions)}],
         "use_peft": True,
         "lora_r": job.rank,
@@ -27,8 +27,8 @@ def _train(lab: Lab, job: Job) -> Command:
         "seed": SEED,
         "report_to": "none",
         "output_dir": str(lab.out("trl", job.name)),
-        "use_cpu": True,
-        "bf16": False,
+        "use_cpu": job.device == "cpu",
+        "bf16": job.device == "gpu",
     }
     if job.checkpointing is not None:  # else its own default, on
         config["gradient_checkpointing"] = job.checkpointing
@@ -50,4 +50,5 @@ PEER = Peer(
     train=_train,
     adapter=_adapter,
     checkpointing=True,
+    gpu=True,
 )
