@@ -15,6 +15,8 @@ PLACES = re.compile("\ue000(\\d+)\ue001")
 WORDS = re.compile(r"[^\W\d_]+(?:[,.:;]?[^\S\n]+[^\W\d_]+){2,}")  # three words in a row: not the name of a role
 CHATS = (("user",), ("user", "assistant"), ("user", "assistant", "user", "assistant"))
 
+THOUGHT = re.compile(r"</?think|\[/?THINK", re.IGNORECASE)  # which templates take out of earlier turns
+
 Render = Callable[[list[Message], Conversation], str]
 
 
@@ -63,7 +65,7 @@ def _plain(conversation: Conversation) -> bool:
     for message in conversation.messages:
         others = [name for name, value in message.items() if value and name not in ("role", "content")]
         said = message["content"]
-        if others or not said.strip() or "think" in said or PLACES.search(said) or message["role"] == "tool":
+        if others or not said.strip() or THOUGHT.search(said) or PLACES.search(said) or message["role"] == "tool":
             return False
     return True
 

@@ -32,11 +32,15 @@ assert not reached, reached
 
 def environment(folder: Path) -> dict[str, str]:
     secrets = {"SERVICE_TOKEN": IN_ENVIRONMENT, "OTHER_API_KEY": f"{IN_ENVIRONMENT}-2", "HF_TOKEN": "hf_" + "e" * 34}
-    inherited = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}  # it could reach the hub
+    inherited = {
+        name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"
+    }  # it could reach the hub
     return inherited | secrets | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
 
 
-def test_a_run_writes_and_says_no_secret_and_connects_to_nobody(write_recipe: Callable[..., Path], tiny_data: dict[str, str], workdir: Path):
+def test_a_run_writes_and_says_no_secret_and_connects_to_nobody(
+    write_recipe: Callable[..., Path], tiny_data: dict[str, str], workdir: Path
+):
     rows = {name: Path(file).read_text(encoding="utf-8").splitlines() for name, file in tiny_data.items()}
     for name in rows:
         row = json.loads(rows[name][0])
