@@ -28,8 +28,7 @@ def _look(number: int, frame: Any) -> None:
         raise TooMuch
 
 
-@contextmanager
-def bounded(*, seconds: float, memory: int | None = None) -> Iterator[None]:
+class bounded:
     """A block that is broken off after `seconds`. Only the main thread can be; in another there is no limit.
 
     Args:
@@ -39,21 +38,20 @@ def bounded(*, seconds: float, memory: int | None = None) -> Iterator[None]:
         TooMuch: after `seconds`.
         MemoryError: more than `memory`.
     """
-    if _Watch.armed:
-        with _deadline(seconds):
-            yield
-    else:
-        with watched(memory=memory), _deadline(seconds):
-            yield
 
+    def __init__(self, *, seconds: float, memory: int | None = None) -> None:
+        self.seconds, self.memory = seconds, memory
 
-@contextmanager
-def _deadline(seconds: float) -> Iterator[None]:
-    before, _Watch.deadline = _Watch.deadline, time.monotonic() + seconds
-    try:
-        yield
-    finally:
-        _Watch.deadline = before
+    def __enter__(self) -> None:
+        self.clock = None if _Watch.armed else watched(memory=self.memory)
+        if self.clock is not None:
+            self.clock.__enter__()
+        self.before, _Watch.deadline = _Watch.deadline, time.monotonic() + self.seconds
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        _Watch.deadline = self.before
+        if self.clock is not None:
+            self.clock.__exit__(kind, error, trace)
 
 
 @contextmanager

@@ -15,6 +15,8 @@ PLACES = re.compile("\ue000(\\d+)\ue001")
 WORDS = re.compile(r"[^\W\d_]+(?:[,.:;]?[^\S\n]+[^\W\d_]+){2,}")  # three words in a row: not the name of a role
 CHATS = (("user",), ("user", "assistant"), ("user", "assistant", "user", "assistant"))
 
+THOUGHT = re.compile(r"</?think|\[/?THINK", re.IGNORECASE)  # which templates take out of earlier turns
+
 Render = Callable[[list[Message], Conversation], str]
 
 
@@ -40,7 +42,8 @@ class Frames:
             raise BadRow("template", "", f"the chat template makes {len(text):,} characters of {size:,}")
         if not _plain(conversation):
             return
-        key = (tuple(message["role"] for message in messages), repr(conversation.template_kwargs))
+        settings = repr(conversation.template_kwargs) if conversation.template_kwargs else ""
+        key = (settings, *[message["role"] for message in messages])
         for fresh in (False, True):  # a template may write the time of day
             if fresh or key not in self.known:
                 if len(self.known) >= KEPT:
@@ -61,9 +64,9 @@ def _plain(conversation: Conversation) -> bool:
     if conversation.tools:
         return False
     for message in conversation.messages:
-        others = [name for name, value in message.items() if value and name not in ("role", "content")]
+        others = len(message) > 2 and any(message[name] for name in message.keys() - {"role", "content"})
         said = message["content"]
-        if others or not said.strip() or "think" in said or PLACES.search(said) or message["role"] == "tool":
+        if others or not said.strip() or THOUGHT.search(said) or PLACES.search(said) or message["role"] == "tool":
             return False
     return True
 
@@ -85,11 +88,13 @@ def _fits(frame: list[str], said: list[str], text: str) -> bool:
         return False
     at = len(frame[0])
     for words, part in zip(said, frame[1:], strict=True):
-        forms = dict.fromkeys((words, words.strip(), words.rstrip(), words.lstrip()))
-        form = next((form for form in forms if text.startswith(form + part, at)), None)
-        if form is None:
-            return False
-        at += len(form) + len(part)
+        ending = words + part
+        if not text.startswith(ending, at):
+            forms = (words.strip(), words.rstrip(), words.lstrip())
+            ending = next((form + part for form in forms if text.startswith(form + part, at)), "")
+            if not ending:
+                return False
+        at += len(ending)
     return at == len(text)
 
 

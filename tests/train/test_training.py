@@ -378,7 +378,7 @@ def test_a_run_whose_loss_is_nan_stops_and_publishes_nothing(
     broken = workdir / "broken"
     shutil.copytree(tiny_model, broken)
     tensors = load_file(broken / "model.safetensors")
-    tensors["model.norm.weight"][0] = float("nan")
+    tensors["model.norm.weight"].fill_(3e38)  # finite itself: a base with NaN is refused before training
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     path = write_recipe(model={"pretrained_model_name_or_path": str(broken)})
     assert launch(str(path), []) == 4
@@ -446,5 +446,5 @@ def test_a_model_folder_without_weights_is_one_message(
 ):
     shutil.copytree(tiny_model, workdir / "hollow")
     (workdir / "hollow" / "model.safetensors").write_bytes(b"torn")
-    assert launch(str(write_recipe(model={"pretrained_model_name_or_path": "hollow"})), []) == 2
-    assert "`model` is refused by" in capsys.readouterr().err
+    assert launch(str(write_recipe(model={"pretrained_model_name_or_path": "hollow"})), []) == 4
+    assert "no safetensors file" in capsys.readouterr().err
