@@ -41,7 +41,7 @@ def outcome(verb: str, target: str) -> tuple[int, str]:
             from lora_recipes.train.preflight import preflight
 
             recipe = load_recipe(target)
-            ready = preflight(recipe, resume=False)
+            ready = preflight(recipe)
             assert ready is not None
             if ready.lock:
                 ready.lock.release()
