@@ -9,7 +9,7 @@ CONFIG ?=
 VERBS := check show plan audit preview generate chat evaluate merge export push status
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test proofs lint bench bench-regress bench-data bench-memory bench-merge bench-hot-swap bench-forgetting bench-latency table schema data train new $(VERBS)
+.PHONY: help install install-dev demo test proofs chaos lint bench bench-regress bench-data bench-memory bench-merge bench-hot-swap bench-forgetting bench-latency table schema data train new $(VERBS)
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z$$][a-zA-Z$$()_-]*:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,7 +44,10 @@ test: install-dev  ## the default test suite, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" -n auto $(ARGS)
 
 proofs: install-dev  ## the slow proofs: both demo recipes trained in full, and their gates
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not chaos" $(ARGS)
+
+chaos: install-dev  ## runs that are stopped and killed in every way, with real processes (about 15 minutes)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m chaos $(ARGS)
 
 lint: install-dev  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,12 +1,10 @@
 """Settings of the whole process that must be made before torch is imported, each with its reason; processes that end
 together."""
 
-import ctypes
 import gc
 import logging
 import os
 import signal
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -76,6 +74,8 @@ def launcher(config_file: str | None) -> list[str]:
 def follow_parent(number: int = signal.SIGTERM) -> None:
     """Ask the kernel for a signal when the parent of this process ends. Linux only."""
     if sys.platform == "linux":
+        import ctypes
+
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
@@ -85,6 +85,8 @@ def run_to_the_end(command: list[str], environment: dict[str, str]) -> tuple[int
     Returns:
         its exit code, and the name of the first signal.
     """
+    import subprocess  # which no quick answer has to wait for
+
     asked: list[int] = []
 
     def hand_on(number: int, _: object) -> None:

@@ -29,13 +29,13 @@ def numbered(folder: Path) -> list[tuple[int, Path]]:
 
 
 def publish_checkpoint(
-    staging: Path, step: int, manifest: dict[str, Any], world_size: int, *, owes_evaluation: bool = False
+    staging: Path, step: int, manifest: dict[str, Any], world_size: int, stopped: dict[str, bool] | None = None
 ) -> Path:
     """Make what the Trainer wrote into `folder/.saving/checkpoint-N` the run's newest checkpoint, `folder/checkpoint-N`.
 
     Args:
         manifest: of the run.
-        owes_evaluation: the run was stopped before, or in, the evaluation after this step.
+        stopped: of a run that was asked to end, see `stopped_there`.
 
     Raises:
         MachineError: a rank's random state is not there: the nodes do not share the folder.
@@ -48,7 +48,7 @@ def publish_checkpoint(
         fsync(file)
         files[file.relative_to(staging).as_posix()] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
     known = {key: manifest[key] for key in IDENTITY if key in manifest}
-    write_json(staging / MANIFEST, {"step": step, "owes_evaluation": owes_evaluation, **known, "files": files})
+    write_json(staging / MANIFEST, {"step": step, **known, "stopped": stopped or {}, "files": files})
     for inner in [path for path in staging.rglob("*") if path.is_dir()]:
         fsync(inner)
     fsync(staging)
@@ -187,6 +187,10 @@ def _files(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def owes_evaluation(checkpoint: Path) -> bool:
-    """Whether the run was stopped before, or in, the evaluation after this checkpoint's step."""
-    return bool((_manifest(checkpoint) or {}).get("owes_evaluation"))
+def stopped_there(checkpoint: Path) -> dict[str, bool]:
+    """What a run that was stopped at a checkpoint has to know; nothing where the recipe asked for it.
+
+    "owes_evaluation": it was stopped before, or in, the evaluation after this step. "unplanned": without the stop the run
+    would have no checkpoint here, so none that could be its best.
+    """
+    return (_manifest(checkpoint) or {}).get("stopped", {})

@@ -1,5 +1,6 @@
 """Signals that ask a run to end: it saves at the next step, on all ranks, and leaves with exit code 143."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -7,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from weakref import WeakSet
 
 from lora_recipes.errors import EXIT_PREEMPTED, Preempted
 from lora_recipes.process import STOPPING, follow_parent
@@ -31,7 +32,6 @@ class Stop:
         self.deferring = False
         self.abandoned: Callable[[str], None] = lambda reason: None
         self._first = 0.0
-        self._owner = os.getpid()
 
     @contextmanager
     def listening(self, *, alone: bool) -> Iterator[None]:
@@ -44,18 +44,19 @@ class Stop:
             yield
             return
         before = {number: signal.signal(number, self._told) for number in STOPPING}
+        _listening.add(self)
         try:
             yield
         finally:
+            _listening.discard(self)
+            if alone:  # at its end Python would ask these with a SIGTERM, and wait for them
+                for worker in multiprocessing.active_children():
+                    worker.kill()
             for number, handler in before.items():
                 signal.signal(number, signal.SIG_IGN if alone and self.by else handler)
 
     def _told(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if os.getpid() != self._owner:  # a forked helper ends as it would have
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
         if self.by is None:
             self.by, self._first = name, time.monotonic()
             if self.deferring:
@@ -76,15 +77,32 @@ def end_with_launcher() -> None:
         follow_parent()
 
 
-class Shielded:
-    """`worker_init_fn` of a data loader: its workers leave signals to the trainer, and end with it."""
+# A forked process inherits handlers. While rows are prepared it is one of a pool, and ends by signals as it would have.
+# In training it loads rows: a signal is for the trainer, which still needs them for its last step, so a worker has the
+# signals blocked from its first instant, and ends with the trainer.
+_listening: WeakSet[Stop] = WeakSet()
+_mask: list[set[int]] = []
 
-    def __init__(self, inner: Callable[[int], Any] | None) -> None:
-        self.inner = inner
 
-    def __call__(self, worker: int) -> None:
-        for number in STOPPING:
-            signal.signal(number, signal.SIG_IGN)
+def _before_fork() -> None:
+    if _listening:
+        _mask.append(signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING))
+
+
+def _after_fork_in_parent() -> None:
+    if _mask:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _mask.pop())
+
+
+def _after_fork_in_child() -> None:
+    if not _mask:
+        return
+    if any(stop.deferring for stop in _listening):
         follow_parent(signal.SIGKILL)
-        if self.inner is not None:
-            self.inner(worker)
+        return
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, _mask.pop())
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -2,20 +2,21 @@
 
 import random
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
-from torch.utils.data import DataLoader
 from transformers import TrainerControl
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
 from lora_recipes.errors import Preempted
 from lora_recipes.run_dir import RunDir, read_json
-from lora_recipes.train.checkpoints import STAGING, owes_evaluation, publish_checkpoint, retain
-from lora_recipes.train.preemption import Shielded, Stop
+from lora_recipes.train.checkpoints import STAGING, publish_checkpoint, retain, stopped_there
+from lora_recipes.train.preemption import Stop
 
 
 class SavingTrainer(SFTTrainer):
@@ -34,7 +35,7 @@ class SavingTrainer(SFTTrainer):
     control: TrainerControl
     _aside = False  # while a checkpoint is written
     _saved = -1  # step of the newest checkpoint
-    _owes_evaluation = False
+    _stopped: Mapping[str, bool] = {}  # see `stopped_there`
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
@@ -44,11 +45,6 @@ class SavingTrainer(SFTTrainer):
     def _get_output_dir(self, trial: Any) -> str:
         folder: str = super()._get_output_dir(trial)
         return str(Path(folder, STAGING)) if self._aside else folder
-
-    def _get_dataloader(self, *args: Any, **keywords: Any) -> DataLoader:
-        loader = super()._get_dataloader(*args, **keywords)
-        loader.worker_init_fn = Shielded(loader.worker_init_fn)
-        return loader
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Weights and tokenizer, without the pickle of all arguments, which nobody could load safely."""
@@ -74,9 +70,7 @@ class SavingTrainer(SFTTrainer):
             staging = folder / STAGING / f"checkpoint-{self.state.global_step}"
             self.state.save_to_json(str(staging / "trainer_state.json"))
             manifest = read_json(RunDir(folder.parent).manifest)
-            publish_checkpoint(
-                staging, self.state.global_step, manifest, self.args.world_size, owes_evaluation=self._owes_evaluation
-            )
+            publish_checkpoint(staging, self.state.global_step, manifest, self.args.world_size, dict(self._stopped))
             retain(folder, manifest.get("run"), self.limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
         self._saved = self.state.global_step
@@ -85,22 +79,26 @@ class SavingTrainer(SFTTrainer):
         """The best checkpoint by its own place: the Trainer looks for it where this one is being written."""
         step = self.state.best_global_step
         best = folder / f"checkpoint-{step}"
-        if step and (step == self.state.global_step or best.is_dir()):
+        here = step == self.state.global_step and not best.is_dir()
+        stopped = self._stopped if here else stopped_there(best)
+        if step and (here or best.is_dir()) and not stopped.get("unplanned"):
             self.state.best_model_checkpoint = str(best)
 
     def _maybe_log_save_evaluate(
         self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *more: Any, **named: Any
     ) -> None:
         stopping = self._asked()
+        evaluates = self.control.should_evaluate
+        planned = self.control.should_save or (evaluates and self.args.save_strategy == SaveStrategy.BEST)
         if stopping:
-            self._owes_evaluation, self.control.should_evaluate = self.control.should_evaluate, False
-            self.control.should_save = True
+            self._stopped = {"owes_evaluation": evaluates, "unplanned": not planned}
+            self.control.should_evaluate, self.control.should_save = False, True
         drawn = _random_state() if self.control.should_evaluate else None
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *more, **named)
         except Preempted:  # in the evaluation
             _restore(drawn)
-            self._owes_evaluation = True
+            self._stopped = {"owes_evaluation": True, "unplanned": not planned}
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
             stopping = True
@@ -113,14 +111,14 @@ class SavingTrainer(SFTTrainer):
 
     def prediction_step(self, *args: Any, **keywords: Any) -> Any:
         """A batch of an evaluation, unless somebody asked to end."""
-        if self.is_in_train and self._asked():
+        if self._asked():
             raise Preempted("stopped in an evaluation; the same command goes on from the newest checkpoint")
         return super().prediction_step(*args, **keywords)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The random numbers of a checkpoint come back, and the evaluation that it was stopped in is made up for."""
         super()._load_rng_state(checkpoint)
-        if checkpoint is not None and owes_evaluation(Path(checkpoint)):
+        if checkpoint is not None and stopped_there(Path(checkpoint)).get("owes_evaluation"):
             self._determine_best_metric(self._evaluate(None, None), None)
             self._name_best(Path(self.args.output_dir))
 

@@ -214,6 +214,7 @@ def _run(trainer: RecipeTrainer, last: Path | None) -> None:
         if state.global_step >= state.max_steps:
             trainer._load_from_checkpoint(str(last))
             trainer.state = state
+            trainer._load_rng_state(str(last))  # with the evaluation that the run was stopped in
             if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
                 trainer._load_best_model()
             return
