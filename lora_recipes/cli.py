@@ -215,9 +215,13 @@ def show(args: argparse.Namespace) -> int:
             },
         )
     else:
-        from lora_recipes import console
+        text = render(recipe)
+        if sys.stdout.isatty():  # a terminal gets it without what it would obey
+            from lora_recipes import console
 
-        console.out(render(recipe))
+            console.out(text)
+        else:
+            sys.stdout.write(text + "\n")
     return EXIT_DONE
 
 

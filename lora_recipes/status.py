@@ -30,7 +30,9 @@ def _next(recipe: Recipe, run_dir: RunDir, told: dict[str, Any]) -> list[str]:
     commands = []
     if not run_dir.merged.is_dir():
         commands.append(f"lora-recipes merge {path}")
-    elif gates["merge_parity"] is None:  # of an adapter that is no longer there, or merged without a proof of behaviour
+    elif (
+        recipe.get("lora") and gates["merge_parity"] is None
+    ):  # of an adapter that is no longer there, or merged without a proof of behaviour
         commands.append(f"mv {run_dir.merged} {run_dir.merged}.old && lora-recipes merge {path}")
     if gates["answers"] is None or gates["merged_answers"] is None:
         commands.append(f"lora-recipes generate {path}")

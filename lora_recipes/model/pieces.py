@@ -14,14 +14,16 @@ OVERHEAD = 64
 
 
 def largest_piece(rows: int, length: int) -> tuple[int, int]:
-    """(rows, tokens) of the largest piece of a micro-batch whose rows are this long."""
-    return max(1, min(rows, TOGETHER // length)), length
+    """(rows, tokens) of the largest piece of a micro-batch whose rows are at most this long: two shorter rows may be more."""
+    shapes = [(count, min(length, TOGETHER // count)) for count in range(1, min(rows, TOGETHER) + 1)]
+    return max([(1, length), *shapes], key=lambda shape: (shape[0] * shape[1], shape[1]))
 
 
 def pieces(inputs: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
     """The micro-batch in pieces that together hold every token once.
 
-    A causal model reads a row the same whoever stands beside or behind it, so only the order of sums differs.
+    A causal model reads a row the same whoever stands beside or behind it, so only the order of sums differs. (Not so where
+    positions are scaled by the length of the whole batch, as in Phi-3's longrope beyond its original length.)
 
     Args:
         inputs: of a collator, padded on the right: `input_ids`, `labels` and `attention_mask`, each [rows, tokens]; or packed:

@@ -67,7 +67,7 @@ class RecipeTrainer(SavingTrainer):
 
     def largest_piece(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Of what `training_step` makes of a micro-batch, the piece that takes most memory: all of it, unless on a CPU."""
-        if not self._suits_cpu_loss():
+        if not self._cuts():
             return inputs
         return max(pieces(inputs), key=lambda piece: piece["input_ids"].numel())
 
@@ -78,7 +78,7 @@ class RecipeTrainer(SavingTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """The Trainer's step; on a CPU once for each piece of the micro-batch, whose gradients add up to the same."""
-        if num_items_in_batch is None or not self._suits_cpu_loss():
+        if num_items_in_batch is None or not self._cuts():
             return super().training_step(model, inputs, num_items_in_batch)
         cut = pieces(inputs)
         self._pieces = len(cut)
@@ -120,6 +120,10 @@ class RecipeTrainer(SavingTrainer):
         loss, correct = token_loss(logits, targets, divisor, dft=self.args.loss_type == "dft")
         self._count(model.training, inputs, correct)
         return loss
+
+    def _cuts(self) -> bool:
+        """Whether micro-batches are computed in pieces. NEFTune's noise is scaled by the length of the whole."""
+        return self._suits_cpu_loss() and self.args.neftune_noise_alpha is None
 
     def _suits_cpu_loss(self) -> bool:
         return self.args.device.type == "cpu" and self.label_smoother is None and not self.aux_loss_enabled
