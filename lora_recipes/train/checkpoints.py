@@ -175,7 +175,14 @@ def _manifest(checkpoint: Path) -> dict[str, Any] | None:
         found = read_json(checkpoint / MANIFEST)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else None
+    files = found.get("files") if isinstance(found, dict) else None
+    if not isinstance(files, dict):
+        return None
+    whole = all(
+        isinstance(known, dict) and isinstance(known.get("bytes"), int) and isinstance(known.get("sha256"), str)
+        for known in files.values()
+    )
+    return found if whole else None
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -113,5 +113,5 @@ def test_a_broken_adapter_is_refused(write_recipe: Callable[..., Path], tiny_mod
     trained = adapter(tiny_model, tmp_path / "trained")
     weights = trained / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    with pytest.raises(RefusedError, match="cannot be read"):
+    with pytest.raises(RefusedError, match="it was cut off"):
         write_adapter(trained, tmp_path / "out", load_recipe(write_recipe()))
