@@ -141,11 +141,16 @@ class RunDir:
 
     def set_aside(self) -> Path:
         """Move the whole folder to the first free `NAME.old-N` beside it."""
-        number = 1
-        while (aside := self.root.with_name(f"{self.root.name}.old-{number}")).exists():
-            number += 1
-        self.root.rename(aside)
-        return aside
+        return moved_aside(self.root)
+
+
+def moved_aside(path: Path) -> Path:
+    """Give a file or folder the first free `NAME.old-N` beside it, and return that."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    path.rename(aside)
+    return aside
 
 
 def cache_folder(name: str) -> Path:

@@ -32,7 +32,7 @@ from lora_recipes.model.compare import record, recorded_differences
 from lora_recipes.model.files import model_folder
 from lora_recipes.model.folder import require_publishable, write_sums
 from lora_recipes.model.identity import base_of, write_provenance
-from lora_recipes.model.machine import Choices, choose, memory_available
+from lora_recipes.model.machine import Choices, choose, memory_available, peak_rss_bytes
 from lora_recipes.model.source import Source, locate, materialise
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import SUMS, Locked, RunDir, file_sha256, published, write_json
@@ -210,7 +210,7 @@ def _merged(job: _Job, scratch: Path, started: float) -> dict[str, Any]:
         try:
             report |= _proved(job, staging, streamed, observed, report.pop("learnt", None))
         finally:
-            peak = max(parity.peak_rss_bytes(), report.pop("fresh_peak_rss_bytes", 0))
+            peak = max(peak_rss_bytes(), report.pop("fresh_peak_rss_bytes", 0))
             report |= {"peak_rss_bytes": peak, "seconds": round(time.monotonic() - started, 1)}
             write_json(job.run_dir.parity, {"passed": False} | report)
         if not report["passed"]:

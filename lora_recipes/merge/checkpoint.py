@@ -18,7 +18,7 @@ import torch
 from lora_recipes.errors import RefusedError, RunError
 from lora_recipes.model.files import model_folder
 from lora_recipes.model.source import Source
-from lora_recipes.model.weights import CONVERT, LONGEST_HEADER, titles, weight_map
+from lora_recipes.model.weights import CONVERT, read_entries, titles, weight_map
 from lora_recipes.recipe import Recipe
 
 # Names of safetensors' types (https://github.com/huggingface/safetensors, README "Format") and of torch's.
@@ -116,13 +116,7 @@ def read_header(file: Path) -> list[Stored]:
         RefusedError: the header is broken, or the file is not as long as it says.
     """
     try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > LONGEST_HEADER:
-                raise ValueError(f"a header of {length} bytes")
-            header: dict[str, Any] = json.loads(stream.read(length))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        begin = 8 + length
+        begin, entries = read_entries(file)
         found = [
             (Stored(name, file, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin + first), begin + end)
             for name, entry in entries.items()

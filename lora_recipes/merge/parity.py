@@ -1,8 +1,6 @@
 """The proof of a merge: what was written is loaded in a fresh process, as its users will, and held against the adapter."""
 
 import multiprocessing
-import resource
-import sys
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -25,7 +23,7 @@ from lora_recipes.model.answer import answer
 from lora_recipes.model.build import load_merged
 from lora_recipes.model.compare import Row, differences, prompt_row, record, trained_row
 from lora_recipes.model.folder import require_sums
-from lora_recipes.model.machine import Choices
+from lora_recipes.model.machine import Choices, peak_rss_bytes
 from lora_recipes.model.quantizer import leave_out_unless_needed
 from lora_recipes.recipe import Recipe
 
@@ -226,9 +224,3 @@ def within(report: dict[str, Any], learnt: float, allowed: Tolerance) -> bool:
         and report["mean_kl"] <= allowed.mean_kl
         and report["greedy_agreement"] >= allowed.greedy_agreement
     )
-
-
-def peak_rss_bytes() -> int:
-    """Most memory that this process has held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on Linux

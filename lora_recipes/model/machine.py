@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import resource
+import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,6 +102,12 @@ def _left_in_container(folder: Path, otherwise: int) -> int:
             most, now = (int((folder / name).read_text(encoding="ascii")) for name in (limit, used))
             return max(0, most - now + int(kept.get(cache, 0)))
     return otherwise
+
+
+def peak_rss_bytes() -> int:
+    """Most memory that this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on Linux
 
 
 def choose(recipe: Recipe, *, training: bool = True, gpu: Gpu | None = None) -> Choices:

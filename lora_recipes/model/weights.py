@@ -4,6 +4,7 @@ import json
 import os
 import struct
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from lora_recipes.errors import RefusedError
 
@@ -99,6 +100,20 @@ def _require_shards(index: Path) -> None:
         raise RefusedError(f"{index}: {lost[0]} is not in {files[lost[0]]} ({len(lost)} tensors are not where it says)")
 
 
+def read_entries(file: Path) -> tuple[int, dict[str, Any]]:
+    """Byte where values begin, and name → entry, as a safetensors header has them; the caller says what a broken one means.
+
+    Raises:
+        ValueError, AttributeError, RecursionError, struct.error: it is no header.
+    """
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > LONGEST_HEADER:
+            raise ValueError(f"a header of {length} bytes")
+        header = json.loads(stream.read(length))
+    return 8 + length, {name: entry for name, entry in header.items() if name != "__metadata__"}
+
+
 def header_of(file: Path) -> dict[str, tuple[int, ...]]:
     """Tensor → shape, of a safetensors file that is as long as its header says.
 
@@ -106,14 +121,9 @@ def header_of(file: Path) -> dict[str, tuple[int, ...]]:
         RefusedError: it is not, or is no safetensors file.
     """
     try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > LONGEST_HEADER:
-                raise ValueError(f"a header of {length} bytes")
-            entries = json.loads(stream.read(length))
-        entries.pop("__metadata__", None)
+        begin, entries = read_entries(file)
         shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
-        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        end = begin + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, struct.error) as error:
         raise RefusedError(f"{file}: cannot be read, no safetensors file: {error}; get the file again") from None
     size = file.stat().st_size

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_recipes.errors import LoraRecipesError, MachineError, RefusedError
-from lora_recipes.run_dir import FEWEST_CHECKPOINTS, file_sha256, fsync, read_json, write_json, write_text
+from lora_recipes.run_dir import FEWEST_CHECKPOINTS, file_sha256, fsync, moved_aside, read_json, write_json, write_text
 
 MANIFEST = "manifest.json"
 LATEST = "latest"  # names the newest checkpoint
@@ -78,10 +78,7 @@ def _make_way(final: Path, run: str | None) -> None:
     if theirs is None or theirs.get("run") == run:
         _delete(final)
         return
-    number = 1
-    while (aside := final.with_name(f"{final.name}.old-{number}")).exists():
-        number += 1
-    final.rename(aside)
+    moved_aside(final)
 
 
 def _delete(checkpoint: Path) -> None:

@@ -1,7 +1,5 @@
 """The longest rows early: what does not fit fails at the beginning, not at step 164."""
 
-import resource
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +7,7 @@ from accelerate.utils import DistributedType
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_recipes.data.load import LoadedData
-from lora_recipes.model.machine import memory_available
+from lora_recipes.model.machine import memory_available, peak_rss_bytes
 
 if TYPE_CHECKING:
     from lora_recipes.train.trainer import RecipeTrainer
@@ -86,10 +84,4 @@ def fits(batch: tuple[int, ...], trained: tuple[int, ...]) -> bool:
     """
     longer = batch[1] / trained[1]
     growth = batch[0] / trained[0] * longer * max(1.0, longer)
-    return (growth - 1) * _peak_memory() <= memory_available()
-
-
-def _peak_memory() -> int:
-    """Bytes of this process at their most, up to now."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return (growth - 1) * peak_rss_bytes() <= memory_available()

@@ -152,7 +152,7 @@ def test_what_surely_fits(
     batch: tuple[int, int], trained: tuple[int, int], left: int, surely: bool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(probe, "memory_available", lambda: left)
-    monkeypatch.setattr(probe, "_peak_memory", lambda: 100)
+    monkeypatch.setattr(probe, "peak_rss_bytes", lambda: 100)
     assert probe.fits(batch, trained) == surely
 
 
