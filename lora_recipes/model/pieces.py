@@ -1,9 +1,11 @@
 """A micro-batch as a CPU computes it best: cut into pieces of rows of like length, each forward and backward by itself."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedConfig
 
 from lora_recipes.model.compare import IGNORED
 
@@ -11,6 +13,25 @@ TOGETHER = 512  # tokens of a piece with its padding; a row that is longer is a 
 # Tokens that take as long as a forward and backward does beside its tokens (operators of every layer are started, weights
 # are read): between 40 in float32 and 110 in bf16 on a CPU with AMX, for SmolLM2-135M.
 OVERHEAD = 64
+
+
+def takes_own_loss(training: Mapping[str, Any], config: PreTrainedConfig) -> bool:
+    """Whether a CPU computes the loss as `model.loss` does; TRL does where labels are smoothed or routers have a loss.
+
+    Args:
+        training: settings by the names of trl.SFTConfig.
+    """
+    text = config.get_text_config()
+    coefficient = training.get("router_aux_loss_coef")
+    if coefficient is None:
+        coefficient = getattr(text, "router_aux_loss_coef", 0)
+    routed = hasattr(text, "output_router_logits") and coefficient != 0  # as trl/trainer/sft_trainer.py decides
+    return not routed and not training.get("label_smoothing_factor")
+
+
+def takes_pieces(training: Mapping[str, Any], config: PreTrainedConfig) -> bool:
+    """Whether a CPU cuts micro-batches. NEFTune's noise is scaled by the length of the whole one."""
+    return takes_own_loss(training, config) and training.get("neftune_noise_alpha") is None
 
 
 def largest_piece(rows: int, length: int) -> tuple[int, int]:

@@ -8,13 +8,13 @@ import torch
 from transformers import PreTrainedConfig
 
 from lora_recipes.model.machine import choose
-from lora_recipes.model.pieces import largest_piece
+from lora_recipes.model.pieces import largest_piece, takes_own_loss, takes_pieces
 from lora_recipes.model.precision import cast_frozen
 from lora_recipes.model.targets import expert_weights
 from lora_recipes.plan.architecture import adapt, base_dtype, base_on_meta, layers_of, quantizable, set_adapter_dtype
 from lora_recipes.plan.cards import Target
 from lora_recipes.plan.quantized import as_quantized
-from lora_recipes.plan.rehearsal import Rehearsal, Step
+from lora_recipes.plan.rehearsal import Loss, Rehearsal, Step
 from lora_recipes.plan.storage import optimizer_bytes, tensor_bytes, weight_bytes
 from lora_recipes.recipe import Recipe
 
@@ -112,19 +112,19 @@ class Estimate:
         """The recipe's own micro-batch, all rows as long as they may be."""
         training = self.choices.training
         compute = torch.bfloat16 if self.bf16 or training.get("fp16") else None
-        packed = bool(training.get("packing") or training.get("padding_free")) and self.target.gpu is not None
+        packed = bool(training.get("packing") or training.get("padding_free")) and not self.cuts
         rows, length = self._held(self.rows, packed)
         return Step(
             rows=rows,
             length=length,
-            device="cuda" if self.target.gpu else "cpu",
+            loss=self._loss(),
             autocast=compute,
             checkpointing=dict(training.get("activation_checkpointing_kwargs") or {})
             if training.get("activation_checkpointing", True)
             else None,
-            padded=self.target.gpu is not None and rows > 1,
+            padded=self._pads(rows),
             packed=packed,
-            accumulates=self.accumulation > 1 or (self.target.gpu is None and rows < self.rows),
+            accumulates=self.accumulation > 1 or (self.cuts and rows < self.rows),
         )
 
     def memory(self, step: Step | None = None) -> Memory:
@@ -214,11 +214,25 @@ class Estimate:
         """The recipe's step with another number of rows in a micro-batch."""
         step = self.step()
         rows, length = self._held(rows, step.packed)
-        return replace(step, rows=rows, length=length, padded=self.target.gpu is not None and rows > 1)
+        return replace(step, rows=rows, length=length, padded=self._pads(rows))
+
+    @property
+    def cuts(self) -> bool:
+        """Whether micro-batches are computed in pieces."""
+        return self.target.gpu is None and takes_pieces(self.choices.training, self.config)
+
+    def _loss(self) -> Loss:
+        if self.target.gpu:
+            return "triton"
+        return "positions" if takes_own_loss(self.choices.training, self.config) else "fused"
+
+    def _pads(self, rows: int) -> bool:
+        """Whether attention is given a mask: `model.loss`'s path needs none."""
+        return self._loss() != "positions" and rows > 1
 
     def _held(self, rows: int, packed: bool) -> tuple[int, int]:
         """(rows, tokens) that a micro-batch is computed in: one row of all where it is packed, on a CPU a piece of it."""
-        if self.target.gpu is None:
+        if self.cuts:
             return largest_piece(rows, self.length)
         return (1, self.length * rows) if packed else (rows, self.length)
 
@@ -299,7 +313,8 @@ class Estimate:
         if training.get("eval_strategy", "no") == "no" and not training.get("eval_on_start"):
             return 0
         rows = training.get("per_device_eval_batch_size", DEVICE_BATCH)
-        return self.rehearsal.evaluation_peak(rows, replace(step, length=self.length, packed=False, padded=False))
+        rows, length = self._held(rows, packed=False)
+        return self.rehearsal.evaluation_peak(replace(step, rows=rows, length=length, packed=False, padded=False))
 
 
 def _float32(parameter: torch.Tensor) -> torch.Tensor:

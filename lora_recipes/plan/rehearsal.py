@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, masking_utils
+from transformers.integrations import moe
 
 from lora_recipes.model.loss import token_loss
 from lora_recipes.plan.architecture import layers_of
@@ -18,6 +19,10 @@ from lora_recipes.plan.tracker import LiveTensors
 
 # Tiles of TRL's fused loss: tokens x vocabulary (trl/kernels/chunked_logprob.py, trl/trainer/utils.py).
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
+
+# How a step gets from hidden states to its loss: through logits at the scored positions only (model/loss.py), or through
+# TRL's fused head, which where there is no Triton scores every position, masked or not.
+Loss = Literal["positions", "fused", "triton"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Step:
     Attributes:
         rows, length: of one micro-batch, in tokens with their padding.
         scored: share of the positions that have a loss.
-        device: "cpu" or "cuda".
+        loss: how it is computed.
         autocast: type of the computation; None computes in the weights' own.
         checkpointing: keyword arguments of activation checkpointing; None keeps all activations.
         padded: rows of one micro-batch differ in length, so that attention needs a mask.
@@ -38,7 +43,7 @@ class Step:
     rows: int
     length: int
     scored: float = 1.0
-    device: str = "cpu"
+    loss: Loss = "positions"
     autocast: torch.dtype | None = None
     checkpointing: dict[str, Any] | None = field(default_factory=dict)
     padded: bool = False
@@ -98,23 +103,12 @@ class Rehearsal:
                 parameter.grad = None
         return self._unrolled(tracker, start)
 
-    def evaluation_peak(self, rows: int, step: Step) -> int:
-        """Bytes that a micro-batch without gradients holds at its peak, through TRL's fused loss."""
+    def evaluation_peak(self, step: Step) -> int:
+        """Bytes that a micro-batch without gradients holds at its peak."""
         with self.mode, _as_in_training(step), torch.no_grad(), LiveTensors() as tracker:
             self.model.eval()
             tracker.ignore([*self.model.parameters(), *self.model.buffers()])
-            hidden = self._trunk(step, rows)[:, :-1].flatten(0, 1)
-            head = self.base.get_output_embeddings()
-            if step.device == "cpu":  # scores every position, masked or not
-                from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-
-                targets = torch.zeros(hidden.shape[0], dtype=torch.long)
-                outputs = ("log_probs", "entropy", "is_top1")
-                ChunkedLogProbFunction.apply(
-                    hidden, head.weight, head.bias, targets, 1.0, TILE_VOCABULARY, None, 1.0, outputs
-                )
-            else:
-                _TiledLoss.apply(hidden, head.weight)
+            self._loss(step)
         return tracker.peak
 
     def _mark(self, label: tuple[str, int]) -> None:
@@ -132,18 +126,28 @@ class Rehearsal:
                 self.base.enable_input_require_grads()
         self.model.train()
 
-    def _trunk(self, step: Step, rows: int) -> torch.Tensor:
-        mask = torch.ones((rows, step.length), dtype=torch.long) if step.padded else None
-        inputs = torch.zeros((rows, step.length), dtype=torch.long)
+    def _trunk(self, step: Step) -> torch.Tensor:
+        mask = torch.ones((step.rows, step.length), dtype=torch.long) if step.padded else None
+        inputs = torch.zeros((step.rows, step.length), dtype=torch.long)
         return self.base.base_model(input_ids=inputs, attention_mask=mask, use_cache=False).last_hidden_state
 
     def _loss(self, step: Step) -> torch.Tensor:
         count = max(1, round(step.scored * step.rows * (step.length - 1)))
-        if step.device == "cpu":
+        if step.loss == "positions":
             return self._loss_at_positions(step, count)
-        hidden = self._trunk(step, step.rows)[:, :-1]
+        hidden = self._trunk(step)[:, :-1]
         head = self.base.get_output_embeddings()
-        return -_TiledLoss.apply(_picked(hidden, count), head.weight).sum() / count
+        if step.loss == "triton":
+            return -_TiledLoss.apply(_picked(hidden, count), head.weight).sum() / count
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+        hidden = hidden.flatten(0, 1)
+        targets = torch.zeros(hidden.shape[0], dtype=torch.long)
+        outputs = ("log_probs", "entropy", "is_top1")
+        found = ChunkedLogProbFunction.apply(
+            hidden, head.weight, head.bias, targets, 1.0, TILE_VOCABULARY, None, 1.0, outputs
+        )
+        return -found[0].sum() / count
 
     def _loss_at_positions(self, step: Step, count: int) -> torch.Tensor:
         """The loss that `lora_recipes.train.trainer` computes on a CPU: logits at `count` positions only."""
@@ -297,14 +301,18 @@ def _without_memory(model: torch.nn.Module) -> None:
 
 @contextmanager
 def _as_in_training(step: Step) -> Iterator[None]:
-    """Autocast as asked; no packing mask where nothing is packed (transformers assumes one when it sees fake tensors)."""
-    found = masking_utils.find_packed_sequence_indices
+    """Autocast as asked; no packing mask where nothing is packed (transformers assumes one when it sees fake tensors).
+
+    Experts in float32 take transformers' own operator: torch's multiplies float32, but without memory it does bf16 only.
+    """
+    found, groups = masking_utils.find_packed_sequence_indices, moe._can_use_grouped_mm
     if not step.packed:
         masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    moe._can_use_grouped_mm = lambda *given: given[1].dtype == torch.bfloat16 and groups(*given)
     around: AbstractContextManager[Any] = torch.autocast("cpu", step.autocast) if step.autocast else nullcontext()
     try:
         with warnings.catch_warnings(), around:
             warnings.simplefilter("ignore")
             yield
     finally:
-        masking_utils.find_packed_sequence_indices = found
+        masking_utils.find_packed_sequence_indices, moe._can_use_grouped_mm = found, groups

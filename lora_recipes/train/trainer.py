@@ -28,7 +28,7 @@ from lora_recipes.model.initialise import (
 )
 from lora_recipes.model.loss import token_loss
 from lora_recipes.model.machine import Choice, Choices
-from lora_recipes.model.pieces import pieces
+from lora_recipes.model.pieces import pieces, takes_own_loss, takes_pieces
 from lora_recipes.model.precision import cast_frozen
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir
@@ -81,13 +81,25 @@ class RecipeTrainer(SavingTrainer):
         if num_items_in_batch is None or not self._cuts():
             return super().training_step(model, inputs, num_items_in_batch)
         cut = pieces(inputs)
-        self._pieces = len(cut)
+        self._pieces, self._seen = len(cut), 0
         losses = []
         for number, piece in enumerate(cut, start=1):
             # Gradients of other ranks are waited for once a micro-batch.
             with nullcontext() if number == len(cut) else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, piece, num_items_in_batch))
         return torch.stack(losses).sum()
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor | None, Any, Any]:
+        """TRL's evaluation of a micro-batch; on a CPU the same in pieces, where nothing but the loss is asked for."""
+        if not prediction_loss_only or not self._cuts():
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        cut = pieces(self._prepare_inputs(inputs))
+        divisor = max(1, sum(int(_scored(piece["labels"]).sum()) for piece in cut))
+        self._pieces, self._seen = len(cut), 0
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return torch.stack([self._own_loss(model, piece, divisor) for piece in cut]).sum(), None, None
 
     def compute_loss(
         self,
@@ -102,7 +114,14 @@ class RecipeTrainer(SavingTrainer):
         """
         if return_outputs or not self._suits_cpu_loss():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        scored = inputs["labels"][:, 1:] != IGNORED  # position p predicts token p + 1
+        divisor = float(_scored(inputs["labels"]).sum() if num_items_in_batch is None else num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            divisor /= self.accelerator.num_processes  # it counts the tokens of all ranks; DDP averages over ranks
+        return self._own_loss(model, inputs, max(1, divisor))
+
+    def _own_loss(self, model: Any, inputs: dict[str, torch.Tensor], divisor: float) -> torch.Tensor:
+        """The sum of all trained tokens' losses, over the divisor."""
+        scored = _scored(inputs["labels"])
         targets = inputs["labels"][:, 1:][scored]
         # Rows are padded on the right, where no real token of a causal model looks: no attention mask is needed.
         forwarded = {key: inputs[key] for key in ("input_ids", "position_ids") if key in inputs}
@@ -112,21 +131,15 @@ class RecipeTrainer(SavingTrainer):
             logits = model(**forwarded, use_cache=False).logits  # [trained tokens, vocabulary]
         finally:
             hook.remove()
-        divisor = max(1, int(targets.numel() if num_items_in_batch is None else num_items_in_batch))
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            divisor = (
-                divisor / self.accelerator.num_processes
-            )  # it counts the tokens of all ranks; DDP averages over ranks
         loss, correct = token_loss(logits, targets, divisor, dft=self.args.loss_type == "dft")
         self._count(model.training, inputs, correct)
         return loss
 
     def _cuts(self) -> bool:
-        """Whether micro-batches are computed in pieces. NEFTune's noise is scaled by the length of the whole."""
-        return self._suits_cpu_loss() and self.args.neftune_noise_alpha is None
+        return self._suits_cpu_loss() and takes_pieces(vars(self.args), self.model.config)
 
     def _suits_cpu_loss(self) -> bool:
-        return self.args.device.type == "cpu" and self.label_smoother is None and not self.aux_loss_enabled
+        return self.args.device.type == "cpu" and takes_own_loss(vars(self.args), self.model.config)
 
     def _count(self, training: bool, inputs: dict[str, torch.Tensor], correct: torch.Tensor) -> None:
         """The metrics that TRL logs, once a micro-batch, summed over its pieces and over ranks as TRL does."""
@@ -195,6 +208,11 @@ def build_trainer(
     trainer.optimizer_settings = {key: choices.training[key] for key in OPTIMIZER_KEYS if choices.training.get(key)}
     freeze_what_never_moves(trainer.model, recipe, trainer.optimizer_settings)
     return trainer
+
+
+def _scored(labels: torch.Tensor) -> torch.Tensor:
+    """[rows, tokens] -> [rows, tokens - 1]: which positions predict a trained token; position p predicts token p + 1."""
+    return labels[:, 1:] != IGNORED
 
 
 def refuse_sharded(recipe: Recipe, args: SFTConfig) -> None:

@@ -1,15 +1,18 @@
 """Steps on a CPU: pieces of a micro-batch and weights that are cast once change how fast a step is, never what it does."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from lora_recipes.model import machine
 from lora_recipes.model.machine import choose
 from lora_recipes.model.precision import cast_frozen
+from lora_recipes.plan import Estimate, config_of, target_for
 from lora_recipes.recipe import load_recipe
 from lora_recipes.run_dir import RunDir, read_jsonl
 from lora_recipes.train import launch, trainer
@@ -125,3 +128,62 @@ def test_bf16_is_kept_on_a_cpu_that_multiplies_it(
     assert choices.training["bf16"] is amx
     assert (choices.quantization["bnb_4bit_compute_dtype"] == "float32") is not amx
     assert choose(load_recipe(write_recipe(training={"bf16": False}))).training["bf16"] is False
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_an_evaluation_in_pieces_is_the_evaluation_of_whole_micro_batches(
+    write_recipe: Callable[..., Path], packing: bool, monkeypatch: pytest.MonkeyPatch
+):
+    made = off_the_start(make_trainer(write_recipe(training={"per_device_eval_batch_size": 5, "packing": packing})))
+    monkeypatch.setattr("lora_recipes.model.pieces.TOGETHER", 100)
+    cut: list[int] = []
+    real = trainer.pieces
+    monkeypatch.setattr(trainer, "pieces", lambda inputs: cut.append(len(found := real(inputs))) or found)
+    ours = made.evaluate()
+    assert max(cut) > 1
+    monkeypatch.setattr(RecipeTrainer, "_suits_cpu_loss", lambda self: False)
+    trls = made.evaluate()
+    for name in ("eval_loss", "eval_mean_token_accuracy"):
+        assert ours[name] == pytest.approx(trls[name], rel=1e-5)
+    assert ours["eval_num_tokens"] == trls["eval_num_tokens"] == 0  # of training
+
+
+@pytest.mark.parametrize(
+    ("kind", "training", "own", "cut"),
+    [
+        ("llama", {}, True, True),
+        ("llama", {"label_smoothing_factor": 0.1}, False, False),
+        ("llama", {"neftune_noise_alpha": 5.0}, True, False),
+        ("mixtral", {}, False, False),
+        ("mixtral", {"router_aux_loss_coef": 0.0}, True, True),
+    ],
+)
+def test_steps_are_cut_and_planned_alike_where_trl_adds_nothing_to_the_loss(
+    write_recipe: Callable[..., Path],
+    tiny_model: Path,
+    workdir: Path,
+    kind: str,
+    training: dict[str, float],
+    own: bool,
+    cut: bool,
+):
+    name = str(tiny_model) if kind == "llama" else str(mixtral(tiny_model, workdir / "mixtral"))
+    path = write_recipe(model={"pretrained_model_name_or_path": name}, training=training)
+    made = make_trainer(path)
+    assert made._suits_cpu_loss() is own is not (made.aux_loss_enabled or made.label_smoother is not None)
+    assert made._cuts() is cut
+    recipe = load_recipe(path)
+    estimate = Estimate(recipe, config_of(recipe), target_for(recipe))
+    assert estimate.cuts is cut and (estimate.step().loss == "positions") is own
+    four, sixty = (estimate.memory(estimate.with_rows(rows)).parts["activations"] for rows in (4, 60))
+    assert (sixty < 2 * four) is cut  # pieces are as large whatever the rows are
+
+
+def mixtral(like: Path, folder: Path) -> Path:
+    """A tiny mixture of experts with the tokenizer of another tiny model."""
+    shutil.copytree(like, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    MixtralForCausalLM(
+        MixtralConfig(vocab_size=512, num_key_value_heads=1, num_local_experts=2, **sizes)
+    ).save_pretrained(folder)
+    return folder
