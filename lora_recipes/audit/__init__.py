@@ -9,9 +9,8 @@ from lora_recipes.data.load import LoadedData, load_data
 from lora_recipes.model.build import end_token_ids, load_tokenizer
 from lora_recipes.model.source import locate, materialise
 from lora_recipes.recipe import Recipe
+from lora_recipes.recipe.defaults import DEVICE_BATCH
 from lora_recipes.run_dir import RunDir
-
-DEVICE_BATCH = 8  # TrainingArguments' own default
 
 
 def audit(recipe: Recipe) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from lora_recipes.data.readers import read_split, rows_of
 from lora_recipes.data.scan import scan
 from lora_recipes.data.select import held_out, repeated, shuffled
 from lora_recipes.recipe import Recipe
+from lora_recipes.recipe.defaults import MAX_LENGTH
 
-MAX_LENGTH = 1024  # SFTConfig's own default
 SHUFFLE_BUFFER = 10_000  # rows that a stream is shuffled over
 SEED = 42  # TrainingArguments' own default
 TOKENS = datasets.Features(

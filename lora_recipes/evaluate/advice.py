@@ -9,13 +9,12 @@ from lora_recipes.data.load import load_data
 from lora_recipes.errors import RunError
 from lora_recipes.evaluate.forgetting import general_source
 from lora_recipes.recipe import Recipe
+from lora_recipes.recipe.defaults import ALPHA, DEVICE_BATCH, RANK
 from lora_recipes.recipe.scaffold import new_recipe
 from lora_recipes.trained import Opened
 
 LEARNING_RATE = 2e-5  # SFTConfig's own default
 EPOCHS = 3  # TrainingArguments' own default
-RANK = 8  # LoraConfig's own default
-BATCH = 8  # TrainingArguments' own default
 SHARE = 0.1  # of the mixed training rows are general ones
 HALF = "train[:50%]"  # the other half stays for measuring what was forgotten
 
@@ -32,7 +31,7 @@ def advice(recipe: Recipe) -> list[str]:
     elif epochs > 1:
         lines.append(f"fewer epochs: {new} training.num_train_epochs={max(1, epochs // 2)}")
     if recipe.get("lora") and recipe.get("lora.r", RANK) > 4:
-        rank, alpha = recipe.get("lora.r", RANK), recipe.get("lora.lora_alpha", RANK)
+        rank, alpha = recipe.get("lora.r", RANK), recipe.get("lora.lora_alpha", ALPHA)
         lines.append(f"a smaller rank: {new} lora.r={rank // 2} lora.lora_alpha={max(1, alpha // 2)}")
     mix = f"lora-recipes evaluate {recipe.path} --mix {recipe.name}-mixed{words}"
     lines.append(f"{SHARE:.0%} general rows in the data: {mix}")
@@ -58,7 +57,7 @@ def write_mix(recipe: Recipe, name: str, opened: Opened, file: str) -> Path:
     count = len(mixed.sources[-1].train.indices)
     if not count:
         raise RunError(f"--mix: the first half of {file} holds no row that this recipe can train on")
-    batch = recipe.get("training.per_device_train_batch_size", BATCH)
+    batch = recipe.get("training.per_device_train_batch_size", DEVICE_BATCH)
     require_sound(audit(mixed, batch, batch))  # what `train` would refuse is not written
     own = sum(len(rows.train.indices[opened.data.again(rows)]) for rows in opened.data.sources)
     general["weight"] = round(SHARE * own / (1 - SHARE) / count, 4)

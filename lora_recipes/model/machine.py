@@ -61,6 +61,10 @@ class Choices:
     device: str
     made: list[Choice] = field(default_factory=list)
 
+    def named(self) -> dict[str, str]:
+        """What was chosen → the choice."""
+        return {choice.what: choice.value for choice in self.made}
+
 
 def has_gpu() -> bool:
     """Whether a CUDA (or ROCm) device is visible."""

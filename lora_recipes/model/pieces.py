@@ -80,7 +80,8 @@ def _rows(inputs: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         else:
             cuts = [(0, int(mask[number].sum()) if mask is not None else len(ids))]
         found += [(ids[start:end], labels[start:end]) for start, end in cuts]
-    return found
+    # A document of one token has nothing to predict; padding at the end of a packed row looks like many of them.
+    return [row for row in found if len(row[0]) > 1] or found[:1]
 
 
 def _ends(lengths: list[int]) -> list[int]:

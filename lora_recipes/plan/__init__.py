@@ -9,13 +9,12 @@ from lora_recipes.plan.advice import Suggestion, half_the_rows, suggestions, way
 from lora_recipes.plan.architecture import CONFIGS, config_of, facts_file, facts_of
 from lora_recipes.plan.cards import Target, target_for, target_of
 from lora_recipes.plan.cost import cost
-from lora_recipes.plan.memory import DEVICE_BATCH, Estimate, Memory
+from lora_recipes.plan.memory import Estimate, Memory
 from lora_recipes.plan.required import required_on
 from lora_recipes.recipe import Recipe
 
 __all__ = [
     "CONFIGS",
-    "DEVICE_BATCH",
     "Estimate",
     "Memory",
     "Suggestion",

@@ -12,9 +12,10 @@ from lora_recipes.data.scan import scan
 from lora_recipes.data.select import rows_in_slice
 from lora_recipes.errors import LoraRecipesError
 from lora_recipes.plan.cards import Target
-from lora_recipes.plan.memory import MAX_LENGTH, Estimate
+from lora_recipes.plan.memory import Estimate
 from lora_recipes.plan.storage import tensor_bytes
 from lora_recipes.recipe import Recipe
+from lora_recipes.recipe.defaults import MAX_LENGTH
 from lora_recipes.run_dir import FEWEST_CHECKPOINTS, RunDir, read_json
 
 ACHIEVED = 0.3  # of a data sheet's rate; an assumption that `--tflops` replaces

@@ -17,10 +17,9 @@ from lora_recipes.plan.quantized import as_quantized
 from lora_recipes.plan.rehearsal import Loss, Rehearsal, Step
 from lora_recipes.plan.storage import optimizer_bytes, tensor_bytes, weight_bytes
 from lora_recipes.recipe import Recipe
+from lora_recipes.recipe.defaults import DEVICE_BATCH, MAX_LENGTH
 
 MIB = 2**20
-DEVICE_BATCH = 8  # TrainingArguments' own default, for training and evaluation
-MAX_LENGTH = 1024  # SFTConfig's own default
 # Bytes that a device holds once, and what an allocator holds beyond what is live as a share of what comes and goes:
 # (name, expected, high), (expected, high). On CUDA, context with cuBLAS' workspaces and caching allocator: assumed, not
 # measured, for want of a GPU. On a CPU, code and buffers of the libraries and C allocator: from benchmarks/memory.py.

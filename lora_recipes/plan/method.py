@@ -1,8 +1,7 @@
 """What people call the way a recipe trains."""
 
 from lora_recipes.recipe import Recipe
-
-RANK, ALPHA = 8, 8  # LoraConfig's own defaults
+from lora_recipes.recipe.defaults import ALPHA, RANK
 
 
 def method_of(recipe: Recipe) -> str:

@@ -16,6 +16,7 @@ FREE = re.compile(
     r"training\.(logging_.*|save_(steps|strategy|total_limit)|eval_.*|per_device_eval_batch_size|report_to|run_name"
     r"|project|trackio_.*|disable_tqdm|log_.*)"
 )
+DTYPES = {"training.bf16", "training.fp16", "training.use_cpu"}
 BOUND = re.compile(r"(model|quantization|lora)\..*")  # what the weights in a checkpoint fit
 
 
@@ -40,12 +41,13 @@ def require_same_recipe(recipe: Recipe, run_dir: RunDir, data: dict[str, str]) -
 
 
 def require_same_run(
-    recipe: Recipe, run_dir: RunDir, data: dict[str, str], accepted: Collection[str] = ()
+    recipe: Recipe, run_dir: RunDir, data: dict[str, str], chosen: dict[str, str], accepted: Collection[str] = ()
 ) -> dict[str, str]:
     """Hold a run that was begun against what is asked now, before anything heavy is imported.
 
     Args:
         data: sha256 of each local data file now.
+        chosen: what this machine makes of the recipe (`Choices.named`).
         accepted: what may be another all the same, by the names in the message.
 
     Returns:
@@ -59,6 +61,8 @@ def require_same_run(
     ranks = manifest.get("world_size", world_size())
     if ranks != world_size():
         found["world_size"] = f"world_size: {ranks} processes then, {world_size()} now"
+    if not DTYPES & found.keys():  # else the recipe says so itself
+        found |= _of_machine(manifest.get("chosen", {}), chosen)
     versions = library_versions()
     for name, then in manifest.get("versions", {}).items():
         if name in versions and then != versions[name]:
@@ -108,6 +112,16 @@ def require_same_material(
 def _of_recipe(recipe: Recipe, run_dir: RunDir) -> dict[str, str]:
     changed = changed_keys(recipe, run_dir, RUN_KEYS)
     return {key: line for key, line in changed.items() if not FREE.fullmatch(key)}
+
+
+def _of_machine(before: dict[str, str], now: dict[str, str]) -> dict[str, str]:
+    """Another CPU or GPU can mean another type, and with it other numbers from the next step on."""
+    lines = [
+        f"{what} was {before[what]}, {now[what]} on this machine"
+        for what in ("dtype", "4-bit compute dtype")
+        if what in before and what in now and before[what].split()[0] != now[what].split()[0]
+    ]
+    return {"dtype": f"dtype: {'; '.join(lines)}"} if lines else {}
 
 
 def _of_data(run_dir: RunDir, data: dict[str, str]) -> dict[str, str]:

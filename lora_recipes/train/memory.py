@@ -10,8 +10,9 @@ from lora_recipes import console
 from lora_recipes.console import gib
 from lora_recipes.errors import LoraRecipesError, MachineError, out_of_memory
 from lora_recipes.model.machine import choose
-from lora_recipes.plan import DEVICE_BATCH, Estimate, config_of, half_the_rows, target_for, ways_out
+from lora_recipes.plan import Estimate, config_of, half_the_rows, target_for, ways_out
 from lora_recipes.recipe import Recipe, load_recipe
+from lora_recipes.recipe.defaults import DEVICE_BATCH
 from lora_recipes.run_dir import RunDir
 from lora_recipes.train.checkpoints import numbered
 from lora_recipes.train.preflight import Ready
@@ -81,17 +82,19 @@ def explained(error: BaseException, recipe: Recipe, shape: tuple[int, ...] | Non
         else "before the first step"
     )
     lines = [f"out of memory {where}: {_first_line(error)}"]
+    fewer_rows_help = smaller_batch(recipe) is not None
     try:
-        lines += _planned(recipe, shape)
+        estimate = Estimate(recipe, config_of(recipe), target_for(recipe))
+        lines += _planned(estimate, shape)
+        fewer_rows_help = fewer_rows_help and not estimate.cuts  # pieces are as large with half the rows
     except LoraRecipesError as unplanned:
         lines.append(f"It cannot be planned: {unplanned}")
-    if smaller_batch(recipe):
+    if fewer_rows_help:
         lines.append("Or launch again with --fit, which halves the micro-batch and goes on from the last checkpoint.")
     return BatchTooLarge("\n".join(lines))
 
 
-def _planned(recipe: Recipe, shape: tuple[int, ...] | None) -> Iterator[str]:
-    estimate = Estimate(recipe, config_of(recipe), target_for(recipe))
+def _planned(estimate: Estimate, shape: tuple[int, ...] | None) -> Iterator[str]:
     rows, length = shape or (estimate.rows, estimate.length)
     memory = estimate.memory(replace(estimate.step(), rows=rows, length=length))
     named = ", ".join(f"{name.replace('_', ' ')} {gib(size)}" for name, size in memory.parts.items() if size)

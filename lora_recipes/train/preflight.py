@@ -49,12 +49,11 @@ def preflight(recipe: Recipe, *, fresh: bool = False, accepted: tuple[str, ...] 
     """
     run_dir = RunDir.of(recipe.name)
     changed: dict[str, str] = {}
-    if not fresh:
-        if _already_complete(run_dir, recipe):
-            return None
-        if numbered(run_dir.checkpoints):  # without any the run starts at step 0: there is nothing to mix
-            changed = require_same_run(recipe, run_dir, data_hashes(recipe), accepted)
+    if not fresh and _already_complete(run_dir, recipe):
+        return None
     choices = choose(recipe)
+    if not fresh and numbered(run_dir.checkpoints):  # without any the run starts at step 0: there is nothing to mix
+        changed = require_same_run(recipe, run_dir, data_hashes(recipe), choices.named(), accepted)
     source = locate(recipe)
     lock = None
     if os.environ.get("RANK", "0") == "0":

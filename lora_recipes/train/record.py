@@ -122,7 +122,7 @@ def write_manifest(
             "seed": args.seed,
             "world_size": args.world_size,
             "accepted_changes": [*known.get("accepted_changes", []), *(accepted or {}).values()],
-            "chosen": {choice.what: choice.value for choice in choices.made},
+            "chosen": choices.named(),
             "versions": {
                 "lora-recipes": __version__,
                 "python": platform.python_version(),

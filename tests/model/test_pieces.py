@@ -48,6 +48,7 @@ def test_the_pieces_hold_every_row_once_and_are_never_larger_than_planned(made, 
     expected = [
         (whole["input_ids"][n, :length].tolist(), whole["labels"][n, :length].tolist())
         for n, length in enumerate(lengths)
+        if length > 1  # one token has nothing to predict
     ]
     assert rows_of(cut) == sorted(expected)
     rows, length = largest_piece(len(lengths), max(lengths))
@@ -61,6 +62,13 @@ def test_the_cut_costs_no_more_than_one_by_one_or_all_at_once(lengths: tuple[int
     assert cost <= sum(length + OVERHEAD for length in lengths)
     if len(lengths) * max(lengths) <= TOGETHER:
         assert cost <= len(lengths) * max(lengths) + OVERHEAD
+
+
+def test_padding_at_the_end_of_a_packed_row_is_not_computed():
+    one = packed(30, 20)
+    padded = {key: torch.cat([rows, torch.zeros((1, 14), dtype=torch.long)], dim=1) for key, rows in one.items()}
+    assert rows_of(pieces(padded)) == rows_of(pieces(one))
+    assert len(pieces(packed(1))) == 1
 
 
 def test_rows_of_like_length_go_together_and_a_long_one_alone():

@@ -129,6 +129,7 @@ def test_another_setting_is_refused_with_the_difference_and_may_be_accepted_wher
 RECORDED = {
     "versions.torch": (lambda found: found["versions"].update(torch="1.0"), "versions.torch: 1.0 then, 2.", 2),
     "world_size": (lambda found: found.update(world_size=2), "world_size: 2 processes then, 1 now", 2),
+    "dtype": (lambda found: found["chosen"].update(dtype="bf16 autocast"), "was bf16 autocast, float32 on this", 2),
     "template": (lambda found: found.update(chat_template_sha256="0" * 64), "the chat template has changed", 2),
     "tokens": (lambda found: found["tokens"].update(dataset="0"), "tokens: other tokens in dataset", 2),
     "base": (lambda found: found["base"].update(weights_sha256="0" * 64), "other weights of the base", 4),
