@@ -18,7 +18,7 @@ from lora_recipes.model.folder import PICKLES, VOCABULARIES, require_intact
 from lora_recipes.plan import facts_of
 from lora_recipes.plan.method import method_in_full
 from lora_recipes.recipe import Recipe
-from lora_recipes.redact import SECRET_VALUE
+from lora_recipes.redact import find_secret
 from lora_recipes.run_dir import RunDir, file_sha256, read_json
 from lora_recipes.trained import require_same_adapter
 
@@ -161,7 +161,7 @@ def _private(upload: Upload) -> Iterator[str]:
     """What a text file gives away; the secret itself is not repeated."""
     data = upload.content if isinstance(upload.content, bytes) else upload.content.read_bytes()
     text = data.decode("utf-8", errors="replace")
-    if secret := SECRET_VALUE.search(text):
+    if secret := find_secret(text):
         yield f"{upload.path}:{_line(text, secret.start())}: looks like a secret ({secret.group()[:4]}…)"
     if PurePosixPath(upload.path).name in VOCABULARIES:
         return

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from lora_recipes.errors import RefusedError
-from lora_recipes.redact import SECRET_VALUE
+from lora_recipes.redact import find_secret
 from lora_recipes.run_dir import SUMS, file_sha256, write_text
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -34,7 +34,7 @@ def require_publishable(folder: Path, *, adapter: bool = False) -> None:
         if file.suffix not in TEXTS or file.stat().st_size > LONGEST_TEXT:
             continue
         text = file.read_text(encoding="utf-8")
-        if SECRET_VALUE.search(text):
+        if find_secret(text):
             raise RefusedError(f"{file}: holds what looks like a secret; nothing is published")
         for place in here if file.name not in VOCABULARIES else []:
             if re.search(rf"{re.escape(place)}(/|\"|$)", text, re.MULTILINE):

@@ -17,7 +17,7 @@ from lora_recipes.recipe.nodes import Node
 from lora_recipes.recipe.problem import Problem
 from lora_recipes.recipe.rules import rule_problems
 from lora_recipes.recipe.vocabulary import OWNERS, REFUSED, RENAMED
-from lora_recipes.redact import SECRET_VALUE
+from lora_recipes.redact import find_secret
 
 SECRET_NAME = re.compile(r"(^|_)(token|secret|password|api_?key)$", re.IGNORECASE)
 NO_SECRETS = ("eos_token",)  # a special token of a tokenizer
@@ -205,7 +205,7 @@ def _secret_problems(node: Node, path: tuple[str | int, ...] = ()) -> Iterator[P
     hint = "remove it, revoke it if the file was shared, and run `hf auth login` or set HF_TOKEN"
     name = str(path[-1]) if path else ""
     named_so = SECRET_NAME.search(name) and name not in NO_SECRETS and isinstance(node.value, str)
-    if named_so or SECRET_VALUE.search(name) or (isinstance(node.value, str) and SECRET_VALUE.search(node.value)):
+    if named_so or find_secret(name) or (isinstance(node.value, str) and find_secret(node.value)):
         origin = node.key if node.key.line else replace(node.key, file="command line")
         if isinstance(node.value, str) and "://" in node.value:
             message, hint = "holds a password inside an address (not shown here)", "write the address without it"
