@@ -1,6 +1,6 @@
 """How cost grows: with rows to prepare, with the length of a row, with the size of the model, with processes.
 
-    .venv/bin/python -m benchmarks.suite scaling --only rows length          (of rows, length, model, processes)
+    .venv/bin/python -m benchmarks.suite scaling --only rows length          (of rows, length, model, processes, compiled)
 
 Training is in float32 on rows that are exactly as long as said, all positions but the first tenth supervised. Each figure is
 taken in a process of its own, the least of its steps. The exponent is the slope of a straight line through the logarithms.
@@ -9,6 +9,7 @@ taken in a process of its own, the least of its steps. The exponent is the slope
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -107,7 +108,28 @@ def processes(folder: Path) -> Row:
     return _grown(found, "processes", "rows_per_second")
 
 
-PARTS: dict[str, Callable[[Path], Row]] = {"rows": rows, "length": length, "model": model, "processes": processes}
+def compiled(folder: Path) -> Row:
+    """CPU seconds of a step with and without `torch_compile`, and what compiling takes; rows of 2 x 256 tokens."""
+    found = []
+    for bf16 in (False, True):
+        setting = {"model": memory.DEMO, "rows": 2, "length": 256, "bf16": bf16}
+        plain, made = (
+            _run(folder / f"{bf16}-{name}", setting, memory.DEMO, f"training.torch_compile={name}")
+            for name in ("false", "true")
+        )
+        step, faster = statistics.median(plain["cpu"]), statistics.median(made["cpu"])
+        compiling = made["first_cpu"] - plain["first_cpu"]
+        found.append({"bf16": bf16, "plain": step, "compiled": faster, "compiling": compiling})
+    return {"figures": found}
+
+
+PARTS: dict[str, Callable[[Path], Row]] = {
+    "rows": rows,
+    "length": length,
+    "model": model,
+    "processes": processes,
+    "compiled": compiled,
+}
 
 
 def measure(parts: Sequence[str] | None, keep: Callable[[Row], None]) -> None:
@@ -173,7 +195,30 @@ def markdown(found: dict[str, Row]) -> list[str]:
         )
         exponent = found["processes"]["exponent"]
         lines += ["", f"Exponent of rows per second by processes: {exponent:.2f} (1: twice as many).", ""]
+    if "compiled" in found:
+        lines += ["**`training.torch_compile: true`** (SmolLM2-135M, 2 rows of 256 tokens a step)", ""]
+        lines += results.table(
+            ["computes in", "CPU s a step", "compiled", "faster", "CPU s to compile", "paid back after steps"],
+            [
+                [
+                    "bf16" if one["bf16"] else "float32",
+                    f"{one['plain']:.2f}",
+                    f"{one['compiled']:.2f}",
+                    f"{one['plain'] / one['compiled']:.2f} ×",
+                    f"{one['compiling']:.0f}",
+                    f"{math.ceil(saved)}" if (saved := _pays_back(one)) else "never",
+                ]
+                for one in found["compiled"]["figures"]
+            ],
+        )
+        lines += [""]
     return lines[:-1]
+
+
+def _pays_back(one: Row) -> float | None:
+    """Steps after which compiling has taken less than it has saved."""
+    saved = one["plain"] - one["compiled"]
+    return one["compiling"] / saved if saved > 0 else None
 
 
 def _grown(found: list[Row], size: str, cost: str) -> Row:
@@ -184,11 +229,11 @@ def _training(folder: Path, setting: dict[str, Any], model: str) -> float:
     return min(_run(folder, setting, model)["cpu"])
 
 
-def _run(folder: Path, setting: dict[str, Any], model: str) -> Row:
+def _run(folder: Path, setting: dict[str, Any], model: str, *settings: str) -> Row:
     """`steps.timed` of a setting of benchmarks/memory.py, in a fresh process."""
     folder.mkdir()
     recipe = memory.write_recipe(folder, setting, model)
-    words = [sys.executable, "-m", "benchmarks.scaling", str(recipe), f"training.max_steps={STEPS}"]
+    words = [sys.executable, "-m", "benchmarks.scaling", str(recipe), f"training.max_steps={STEPS}", *settings]
     given = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(words, cwd=folder, env=given, capture_output=True, text=True, check=False)
     if done.returncode:

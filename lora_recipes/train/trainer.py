@@ -30,6 +30,7 @@ from lora_recipes.model.loss import token_loss
 from lora_recipes.model.machine import Choice, Choices
 from lora_recipes.model.pieces import pieces, takes_own_loss, takes_pieces
 from lora_recipes.model.precision import cast_frozen
+from lora_recipes.plan.architecture import layers_of
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir
 from lora_recipes.train.optimizers import OPTIMIZER_KEYS, adapter_optimizer, freeze_what_never_moves
@@ -37,6 +38,7 @@ from lora_recipes.train.saving import SavingTrainer
 
 # Read by lora_recipes.data and lora_recipes.model.build, which hand SFTTrainer finished tokens and labels.
 CONSUMED = ("assistant_only_loss", "completion_only_loss", "dataset_text_field", "chat_template_path")
+COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 
 class RecipeTrainer(SavingTrainer):
@@ -205,6 +207,8 @@ def build_trainer(
         set_seed(args.seed)  # from here on a run that begins and one that goes on draw the same numbers
     if trainer.args.bf16 and trainer.args.device.type == "cpu" and cast_frozen(trainer.model):
         choices.made.append(Choice("frozen weights", "bf16", "autocast would cast them anew in every forward"))
+    if trainer.args.device.type == "cpu" and choices.training.get("torch_compile"):
+        _compile_layers(trainer.model, choices)
     trainer.optimizer_settings = {key: choices.training[key] for key in OPTIMIZER_KEYS if choices.training.get(key)}
     freeze_what_never_moves(trainer.model, recipe, trainer.optimizer_settings)
     return trainer
@@ -247,10 +251,23 @@ def _training_batches(trainer: RecipeTrainer, count: int) -> list[dict[str, torc
 
 def training_arguments(section: dict[str, Any], run_dir: RunDir) -> SFTConfig:
     """The `training` section as trl.SFTConfig, without the few keys that others have read or will read."""
-    values = {key: value for key, value in section.items() if key not in (*CONSUMED, *OPTIMIZER_KEYS)}
+    taken = (*CONSUMED, *OPTIMIZER_KEYS, *(COMPILE_KEYS if section.get("use_cpu") else ()))
+    values = {key: value for key, value in section.items() if key not in taken}
     if not values.get("packing"):  # rows come tokenized, masked and cut: nothing is left for SFTTrainer to prepare
         values["dataset_kwargs"] = {"skip_prepare_dataset": True}
     return SFTConfig(output_dir=str(run_dir.checkpoints), **values)
+
+
+def _compile_layers(model: torch.nn.Module, choices: Choices) -> None:
+    """Compile each decoder layer by itself, for rows of any length.
+
+    The Trainer would compile the whole step: minutes on a CPU, and the head's hook of one step would be taken for that of
+    all others, since compiled code does not look at hooks again.
+    """
+    how = {key: choices.training.get(f"torch_compile_{key}") for key in ("backend", "mode")}
+    for layer in layers_of(model):
+        layer.compile(dynamic=True, **{key: value for key, value in how.items() if value})
+    choices.made.append(Choice("torch_compile", "each decoder layer by itself", "compiling a whole step takes minutes"))
 
 
 def _keep_adapter_precision(trainer: RecipeTrainer, choices: Choices) -> None:

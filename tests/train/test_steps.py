@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from lora_recipes.model import machine
@@ -14,7 +15,7 @@ from lora_recipes.model.machine import choose
 from lora_recipes.model.precision import cast_frozen
 from lora_recipes.plan import Estimate, config_of, target_for
 from lora_recipes.recipe import load_recipe
-from lora_recipes.run_dir import RunDir, read_jsonl
+from lora_recipes.run_dir import RunDir, read_json, read_jsonl
 from lora_recipes.train import launch, trainer
 from lora_recipes.train.trainer import RecipeTrainer
 from tests.conftest import NF4
@@ -83,6 +84,21 @@ def test_the_losses_of_a_run_are_those_of_the_plain_path(
         [row["loss"] for row in read_jsonl(RunDir.of(name).metrics) if "loss" in row] for name in ("pieces", "plain")
     )
     assert len(ours) == 6 and ours == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_layers_learn_what_plain_ones_do(write_recipe: Callable[..., Path], backend: str):
+    keys = {"max_steps": 4, "learning_rate": 1e-3, "logging_steps": 1}
+    compiled = keys | {"torch_compile": True, "torch_compile_backend": backend}
+    assert launch(str(write_recipe("compiled", training=compiled)), []) == 0
+    assert "each decoder layer" in read_json(RunDir.of("compiled").manifest)["chosen"]["torch_compile"]
+    assert launch(str(write_recipe("plain", training=keys)), []) == 0
+    ours, plain = (
+        [row["loss"] for row in read_jsonl(RunDir.of(name).metrics) if "loss" in row] for name in ("compiled", "plain")
+    )
+    assert len(ours) == 4 and ours == pytest.approx(plain, rel=1e-5)
+    adapters = [load_file(RunDir.of(name).adapter / "adapter_model.safetensors") for name in ("compiled", "plain")]
+    assert adapters[0].keys() == adapters[1].keys()
 
 
 @pytest.mark.parametrize("tied", [True, False])
