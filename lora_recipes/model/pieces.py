@@ -53,7 +53,7 @@ def pieces(inputs: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
     Returns:
         `input_ids`, `labels` and `attention_mask` of each piece, the longest rows last.
     """
-    rows = sorted(_rows(inputs), key=lambda row: -len(row[0]))
+    rows = sorted(rows_of(inputs), key=lambda row: -len(row[0]))
     found, first = [], 0
     for end in _ends([len(ids) for ids, _ in rows]):
         ids, labels = zip(*rows[first:end], strict=True)
@@ -69,7 +69,7 @@ def pieces(inputs: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
     return found[::-1]
 
 
-def _rows(inputs: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def rows_of(inputs: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(ids, labels) of each row or packed document, without padding."""
     found = []
     places, mask = inputs.get("position_ids"), inputs.get("attention_mask")

@@ -54,12 +54,11 @@ class RecordCallback(TrainerCallback):
             with self.run_dir.metrics.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
             write_status(self.run_dir, step=state.global_step)
-        # Under fp16 the gradient scaler makes infinite gradients on purpose, and skips those steps.
-        for name in ("loss", "eval_loss") if args.fp16 else ("loss", "eval_loss", "grad_norm"):
-            if name in logs and not math.isfinite(logs[name]):
+        for name, value in logs.items():  # of training steps `GuardedTrainer` sees more, and earlier
+            if name.startswith("eval_") and isinstance(value, float) and not math.isfinite(value):
                 raise RefusedError(
-                    f"step {state.global_step}: {name} is {logs[name]}; the run has diverged and is stopped, no adapter is "
-                    "published. Lower training.learning_rate, or use bf16 instead of fp16"
+                    f"step {state.global_step}: {name} is {value}; the run has diverged and is stopped, no adapter is published "
+                    "and the last good checkpoint is whole. Lower training.learning_rate"
                 )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

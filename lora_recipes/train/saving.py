@@ -111,9 +111,13 @@ class SavingTrainer(SFTTrainer):
 
     def prediction_step(self, *args: Any, **keywords: Any) -> Any:
         """A batch of an evaluation, unless somebody asked to end."""
+        self.heed_stop()
+        return super().prediction_step(*args, **keywords)
+
+    def heed_stop(self) -> None:
+        """Raises Preempted within an evaluation that somebody asked to end."""
         if self._asked():
             raise Preempted("stopped in an evaluation; the same command goes on from the newest checkpoint")
-        return super().prediction_step(*args, **keywords)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The random numbers of a checkpoint come back, and the evaluation that it was stopped in is made up for."""
@@ -124,10 +128,13 @@ class SavingTrainer(SFTTrainer):
 
     def _asked(self) -> bool:
         """Whether any rank was asked to end; the same answer on all of them."""
-        asked = self.stop.by is not None
+        return self.any_rank(self.stop.by is not None)
+
+    def any_rank(self, here: bool) -> bool:
+        """Whether it is so on any rank; all of them have to ask."""
         if self.accelerator.num_processes == 1:
-            return asked
-        votes = torch.tensor(float(asked), device=self.accelerator.device)
+            return here
+        votes = torch.tensor(float(here), device=self.accelerator.device)
         return bool(self.accelerator.reduce(votes, "sum") > 0)
 
 

@@ -96,6 +96,7 @@ def train(recipe: Recipe, ready: Ready) -> None:
         if not out_of_memory(error):
             raise
         raise explained(error, recipe, trainer.batch_shape, trainer.state.global_step) from None
+    trainer.require_finite()
     publish(trainer, run_dir, recipe, source, tokenizer, ends)
 
 

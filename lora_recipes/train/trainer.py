@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import SFTConfig
 
+from lora_recipes.data.find import place_of
 from lora_recipes.data.load import LoadedData
 from lora_recipes.data.masks import IGNORED
 from lora_recipes.errors import RecipeError
@@ -33,15 +34,15 @@ from lora_recipes.model.precision import cast_frozen
 from lora_recipes.plan.architecture import layers_of
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir
+from lora_recipes.train.guards import GuardedTrainer
 from lora_recipes.train.optimizers import OPTIMIZER_KEYS, adapter_optimizer, freeze_what_never_moves
-from lora_recipes.train.saving import SavingTrainer
 
 # Read by lora_recipes.data and lora_recipes.model.build, which hand SFTTrainer finished tokens and labels.
 CONSUMED = ("assistant_only_loss", "completion_only_loss", "dataset_text_field", "chat_template_path")
 COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 
-class RecipeTrainer(SavingTrainer):
+class RecipeTrainer(GuardedTrainer):
     """SFTTrainer, with steps that on a CPU compute no padding and score no masked position, and PEFT's optimizers.
 
     Attributes:
@@ -97,6 +98,7 @@ class RecipeTrainer(SavingTrainer):
         """TRL's evaluation of a micro-batch; on a CPU the same in pieces, where nothing but the loss is asked for."""
         if not prediction_loss_only or not self._cuts():
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self.heed_stop()
         cut = pieces(self._prepare_inputs(inputs))
         divisor = max(1, sum(int(_scored(piece["labels"]).sum()) for piece in cut))
         self._pieces, self._seen = len(cut), 0
@@ -196,6 +198,7 @@ def build_trainer(
             peft_config=starting_config(section, last) if section else None,
             callbacks=callbacks,
         )
+    trainer.name_row = lambda ids: place_of(data, ids) or f"one that begins {tokenizer.decode(ids[:16])!r}"
     _keep_adapter_precision(trainer, choices)
     if needs_whole_weights(section):
         require_matrices(trainer.model, recipe)
@@ -253,6 +256,7 @@ def training_arguments(section: dict[str, Any], run_dir: RunDir) -> SFTConfig:
     """The `training` section as trl.SFTConfig, without the few keys that others have read or will read."""
     taken = (*CONSUMED, *OPTIMIZER_KEYS, *(COMPILE_KEYS if section.get("use_cpu") else ()))
     values = {key: value for key, value in section.items() if key not in taken}
+    values["logging_nan_inf_filter"] = False  # it would log an average in place of a loss that is not finite
     if not values.get("packing"):  # rows come tokenized, masked and cut: nothing is left for SFTTrainer to prepare
         values["dataset_kwargs"] = {"skip_prepare_dataset": True}
     return SFTConfig(output_dir=str(run_dir.checkpoints), **values)

@@ -384,7 +384,7 @@ def test_a_run_whose_loss_is_nan_stops_and_publishes_nothing(
     assert launch(str(path), []) == 4
     assert not RunDir.of("tiny").adapter.exists()
     status = read_json(RunDir.of("tiny").status)
-    assert (status["state"], status["exit_code"], status["step"]) == ("failed", 4, 1)
+    assert (status["state"], status["exit_code"], status["step"]) == ("failed", 4, 0)
     assert "diverged" in capsys.readouterr().err
 
 
