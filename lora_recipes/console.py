@@ -210,7 +210,12 @@ def gates(held: dict[str, bool | None], verdict: str) -> None:
 def status(name: str, found: dict[str, Any]) -> None:
     """How a run stands: gates, scores, what to type next."""
     steps = f"step {found['step']} of {found['max_steps']}" if found["max_steps"] else "no step"
-    facts(name, [("state", f"{found['state']}, {steps}"), ("files", found["folder"])])
+    told = [("state", f"{found['state']}, {steps}"), ("files", found["folder"])]
+    told += [("last checkpoint", found["last_good_checkpoint"])] if found["last_good_checkpoint"] else []
+    told += [("why", str(found["reason"]))] if found["state"] in ("failed", "preempted") else []
+    facts(name, told)
+    if odd := found["diagnosis"]:
+        say(f"note: {odd['text']}; likely because {odd['causes'][0]}", "yellow")
     gates(found["gates"], found["verdict"])
     if found["scores"]:
         scores(found["scores"])

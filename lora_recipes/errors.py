@@ -1,6 +1,8 @@
 """One small tree of errors, each with the exit code that a command ends with."""
 
 import errno
+import shutil
+from pathlib import Path
 
 EXIT_DONE = 0
 EXIT_BUG = 1
@@ -66,6 +68,12 @@ def out_of_memory(error: BaseException) -> bool:
     return by_name or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+def _free(file: str | None) -> str:
+    """What the disk of a file has left."""
+    place = next((parent for parent in Path(file or ".").absolute().parents if parent.exists()), Path("/"))
+    return f" ({shutil.disk_usage(place).free:,} bytes are free)"
+
+
 def machine_fault(error: BaseException) -> MachineError | None:
     """The MachineError for a full disk, a missing permission or memory that ran out; None for anything else."""
     if out_of_memory(error):
@@ -77,7 +85,10 @@ def machine_fault(error: BaseException) -> MachineError | None:
         errno.EACCES,
         errno.EPERM,
     ):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "make room" if full else "change the permission, or run from another folder"
         return MachineError(
-            f"{error.filename or 'writing a file'}: {error.strerror}; free space or change the permission"
+            f"{error.filename or 'writing a file'}: {error.strerror}{_free(error.filename) if full else ''}; {way_out}. What was "
+            "finished before is whole, and the same command goes on"
         )
     return None

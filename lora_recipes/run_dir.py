@@ -326,6 +326,21 @@ def staging_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.staging")
 
 
+def require_room(folder: Path, wanted: int, what: str, way_out: str, *, reused: int = 0) -> None:
+    """Raises MachineError when the disk of a folder, which need not exist yet, has not so many bytes left.
+
+    Args:
+        what: takes them, as the subject of the message.
+        reused: bytes there that will be written over.
+    """
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(there).free + reused
+    if free < wanted:
+        raise MachineError(
+            f"{folder.absolute()}: {what} take {wanted / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; {way_out}"
+        )
+
+
 def fsync(path: Path) -> None:
     """What was written to a file, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

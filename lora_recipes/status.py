@@ -12,7 +12,10 @@ def status(recipe: Recipe) -> dict[str, Any]:
     run_dir = RunDir.of(recipe.name)
     recorded = read_json(run_dir.status)
     told = verdict(recipe, run_dir)
-    known = {key: recorded.get(key) for key in ("step", "max_steps", "exit_code", "reason", "last_good_checkpoint")}
+    known = {
+        key: recorded.get(key)
+        for key in ("step", "max_steps", "exit_code", "reason", "last_good_checkpoint", "diagnosis")
+    }
     return {
         "state": recorded.get("state", "not started"),
         **known,

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -34,9 +33,9 @@ from lora_recipes.data.problems import KEPT, Problem, excerpt_of, problem_of
 from lora_recipes.data.readers import Chunk, rows_of
 from lora_recipes.data.scan import scan
 from lora_recipes.data.select import rows_in_slice
-from lora_recipes.errors import DataError, MachineError
+from lora_recipes.errors import DataError
 from lora_recipes.limits import watched
-from lora_recipes.run_dir import Locked, cache_folder, published, read_json, write_json
+from lora_recipes.run_dir import Locked, cache_folder, published, read_json, require_room, write_json
 
 INT_LIST = pyarrow.list_(pyarrow.int32())
 SCHEMA = pyarrow.schema({"input_ids": INT_LIST, "labels": INT_LIST})
@@ -388,11 +387,9 @@ def _key(source: Source, split: str, settings: RowSettings, masker: Masker) -> s
 def _require_room(source: Source, split: str, folder: Path, keep: bool) -> None:
     if source.is_hub() or not keep:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    wanted = DISK_FACTOR * sum(file.path.stat().st_size for file in local_files(source, split))
-    free = shutil.disk_usage(folder).free
-    if wanted > free:
-        raise MachineError(
-            f"{source.where('data_files')}: the tokens may take {wanted / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB "
-            "are free; make room, set XDG_CACHE_HOME to another disk, or keep no tokens: dataset.streaming: true"
-        )
+    require_room(
+        folder,
+        DISK_FACTOR * sum(file.path.stat().st_size for file in local_files(source, split)),
+        f"the tokens of {source.where('data_files')} may",
+        "make room, set XDG_CACHE_HOME to another disk, or keep no tokens: dataset.streaming: true",
+    )

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from lora_recipes.errors import MachineError
 from lora_recipes.merge.checkpoint import Checkpoint, Files, checkpoint_of, header_bytes
 from lora_recipes.merge.layout import Layout, lay_out, read_base
 from lora_recipes.merge.requantize import Requantizer
@@ -22,7 +20,7 @@ from lora_recipes.model.build import meta_model, model_config
 from lora_recipes.model.machine import Choices
 from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
-from lora_recipes.run_dir import file_sha256
+from lora_recipes.run_dir import file_sha256, require_room
 
 SPARE = 64 * 2**20  # bytes on the disk beside the weights: tokenizer, configs, evidence
 
@@ -110,12 +108,13 @@ def write_weights(planned: Planned, folder: Path, *, keep_progress: bool = False
         RefusedError: NaN or infinity.
     """
     there = [*folder.glob("*.safetensors"), *folder.glob(".*.part")]
-    room = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in there)
-    if room < planned.layout.bytes + SPARE:
-        raise MachineError(
-            f"{folder.absolute()}: the merged model takes {planned.layout.bytes / 2**30:.1f} GiB, {room / 2**30:.1f} GiB "
-            "are free; make room, or run from a folder on another disk"
-        )
+    require_room(
+        folder,
+        planned.layout.bytes + SPARE,
+        "the merged weights",
+        "make room, or run from a folder on another disk",
+        reused=sum(file.stat().st_size for file in there),
+    )
     threads = torch.get_num_threads()
     # One core is left to the threads that read, hash and write: on two cores a merge with both is half as fast.
     torch.set_num_threads(max(1, threads - 1))

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -170,19 +171,28 @@ def _matmul_rate() -> float:
     return 2 * MATMUL**3 / best / 1e12
 
 
+def checkpoints_kept(training: Mapping[str, Any], steps: int | None) -> int:
+    """Checkpoints that a run leaves.
+
+    Args:
+        training: settings by the names of trl.SFTConfig.
+    """
+    if training.get("save_strategy", "steps") == "no":
+        return 0
+    if training.get("save_strategy", "steps") == "epoch":
+        kept = int(training.get("num_train_epochs", 3.0))
+    else:
+        every = training.get("save_steps", CHECKPOINTS)
+        kept = 1 if steps is None else max(1, int(1 / every) if every < 1 else -(-steps // int(every)))
+    return min(kept, max(FEWEST_CHECKPOINTS, training.get("save_total_limit") or kept))
+
+
 def _disk(estimate: Estimate, steps: int | None) -> dict[str, int]:
     """Bytes: one checkpoint (trained weights and optimizer states), all that are kept, adapter, merged model."""
     training, recipe = estimate.choices.training, estimate.recipe
     trained = tensor_bytes(estimate.trained)
     one = trained + estimate.memory_of_states
-    if training.get("save_strategy", "steps") == "no":
-        kept = 0
-    elif training.get("save_strategy", "steps") == "epoch":
-        kept = int(training.get("num_train_epochs", 3.0))
-    else:
-        every = training.get("save_steps", CHECKPOINTS)
-        kept = 1 if steps is None else max(1, int(1 / every) if every < 1 else -(-steps // int(every)))
-    kept = min(kept, max(FEWEST_CHECKPOINTS, training.get("save_total_limit") or kept))
+    kept = checkpoints_kept(training, steps)
     merged = recipe.get("merge.dtype") or str(estimate.dtype).removeprefix("torch.")
     return {
         "checkpoint": one,

@@ -1,6 +1,7 @@
 """A whole training run: everything cheap is checked first, then weights are loaded, trained and published."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ from lora_recipes.run_dir import RunDir, published, read_json, text_sha256, writ
 from lora_recipes.train.changes import require_same_material
 from lora_recipes.train.checkpoints import newest_whole
 from lora_recipes.train.describe import describe
+from lora_recipes.train.diagnosis import Diagnosis
 from lora_recipes.train.memory import explained
 from lora_recipes.train.preflight import Ready, data_hashes
 from lora_recipes.train.probe import LongestFirst
 from lora_recipes.train.publish import publish
 from lora_recipes.train.record import RecordCallback, keep_metrics_until, write_manifest, write_status
+from lora_recipes.train.room import require_disk
 from lora_recipes.train.trainer import RecipeTrainer, build_trainer, refuse_sharded, training_arguments
 
 # Layers that read position ids; what else a config names as a layer type carries a state.
@@ -80,8 +83,10 @@ def train(recipe: Recipe, ready: Ready) -> None:
     report = audit(data, args.per_device_train_batch_size, _global_batch(args))
     require_sound(report)
     _refuse_leaking_stream(recipe, args, data, report["epoch_rows"])
+    require_disk(run_dir, choices.training, targets, _steps(args, report["epoch_rows"]))
     base = load_base(recipe, source, choices)
-    trainer = build_trainer(recipe, args, choices, base, tokenizer, data, [RecordCallback(run_dir)], last)
+    diagnosis = Diagnosis(recipe, run_dir, report["trained_percent"], len(tokenizer))
+    trainer = build_trainer(recipe, args, choices, base, tokenizer, data, [RecordCallback(run_dir), diagnosis], last)
     if last is not None and data.streams:
         _require_first_pass(recipe, last, _global_batch(args), report["epoch_rows"])
     if trainer.is_world_process_zero():
@@ -96,7 +101,6 @@ def train(recipe: Recipe, ready: Ready) -> None:
         if not out_of_memory(error):
             raise
         raise explained(error, recipe, trainer.batch_shape, trainer.state.global_step) from None
-    trainer.require_finite()
     publish(trainer, run_dir, recipe, source, tokenizer, ends)
 
 
@@ -108,6 +112,11 @@ def _refuse_leaking_stream(recipe: Recipe, args: SFTConfig, data: LoadedData, ro
             f"pass over a stream of {rows:,} rows, which does not go with gradient_accumulation_steps > 1; set "
             f"training.max_steps={rows // _global_batch(args)}, or read without dataset.streaming"
         )
+
+
+def _steps(args: SFTConfig, rows: int) -> int:
+    """Of the whole run; packing makes fewer of them."""
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * rows / _global_batch(args))
 
 
 def _global_batch(args: SFTConfig) -> int:
