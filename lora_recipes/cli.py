@@ -10,6 +10,7 @@ from typing import Any
 from lora_recipes import __version__, process
 from lora_recipes.errors import (
     EXIT_DONE,
+    EXIT_PREEMPTED,
     EXIT_REFUSED,
     EXIT_USER,
     LoraRecipesError,
@@ -26,10 +27,10 @@ ONLY_FOR = {
     "--row": "preview",
     "--html": "preview",
     "--resume": "train",
-    "--fresh": "train reproduce",
-    "--accept-changes": "train reproduce",
+    "--fresh": "train",
+    "--accept-changes": "train",
     "--fit": "train",
-    "--config_file": "train plan reproduce",
+    "--config_file": "train plan",
     "--gpu": "plan",
     "--gpus": "plan",
     "--tflops": "plan",
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("verb", nargs="?", choices=VERBS, metavar="VERB", help="what to do, see below")
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a file in recipes/; for `reproduce` a run folder")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a file in recipes/")
     parser.add_argument(
         "words",
         nargs="*",
@@ -246,32 +247,33 @@ def new(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """train it: accelerate launch run.py RECIPE"""
-    from lora_recipes.run_dir import RunDir, read_json
-    from lora_recipes.train import launched
+    import tempfile
+
+    from lora_recipes.run_dir import Locked, RunDir, read_json
+    from lora_recipes.train import OUTCOME_FILE
 
     recipe = _recipe(args)
-    flags = ["--fresh", "--fit", "--debug", "--allow-pickle"]
-    flags = [flag for flag in flags if getattr(args, flag[2:].replace("-", "_"))]
-    flags += ["--accept-changes", args.accept_changes] if args.accept_changes else []
-    outcome = launched(recipe, args.words, flags, args.config_file)
+    command = [sys.executable, *process.launcher(args.config_file), "lora_recipes.train", args.recipe, *args.words]
+    flags = ("--fresh", "--fit", "--debug", "--allow-pickle")
+    command += [flag for flag in flags if getattr(args, flag[2:].replace("-", "_"))]
+    command += ["--accept-changes", args.accept_changes] if args.accept_changes else []
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "outcome.json"
+        code, asked = process.run_to_the_end(command, {OUTCOME_FILE: str(told)})
+        run_dir = RunDir.of(recipe.name)
+        if asked and not told.exists() and run_dir.lock.exists():
+            # `accelerate launch` is gone at once, while the trainer that it started still saves and holds its lock.
+            lock = Locked(run_dir.lock)
+            lock.acquire(wait=True)
+            lock.release()
+        failed = {"exit_code": code, "message": "training failed, see above"}
+        stopped = {"exit_code": EXIT_PREEMPTED, "message": f"stopped by {asked} before the run began"}
+        outcome: Result = read_json(told) or (stopped if asked else failed)
     if outcome["exit_code"] == EXIT_DONE:
-        _emit(args, read_json(RunDir.of(recipe.name).status))
+        _emit(args, read_json(run_dir.status))
     else:
         _emit(args, {"error": outcome})
     return outcome["exit_code"]
-
-
-def reproduce(args: argparse.Namespace) -> int:
-    """outputs/NAME: train that run again and hold it against the first, to the bit"""
-    from lora_recipes.reproduce import reproduce as run
-    from lora_recipes.train import names
-
-    if args.recipe is None or args.words or not Path(args.recipe).is_dir():
-        raise RunError("`reproduce` takes the folder of a run: lora-recipes reproduce outputs/NAME")
-    accepted = names(args.accept_changes or "")
-    found = run(Path(args.recipe), fresh=args.fresh, accepted=accepted, config_file=args.config_file)
-    _emit(args, found)
-    return EXIT_DONE if found["passed"] else EXIT_REFUSED
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -421,7 +423,6 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
         audit,
         preview,
         train,
-        reproduce,
         generate,
         chat,
         evaluate,

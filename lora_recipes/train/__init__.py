@@ -2,12 +2,10 @@
 
 import argparse
 import os
-import sys
-import tempfile
 import traceback
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_recipes import process
 from lora_recipes.errors import (
@@ -21,7 +19,7 @@ from lora_recipes.errors import (
 )
 from lora_recipes.model.quantizer import leave_out_unless_needed
 from lora_recipes.recipe import Recipe, load_recipe
-from lora_recipes.run_dir import Locked, RunDir, read_json, write_json
+from lora_recipes.run_dir import RunDir, read_json, write_json
 from lora_recipes.train.preemption import Stop, end_with_launcher
 
 if TYPE_CHECKING:
@@ -76,29 +74,6 @@ def main(arguments: list[str] | None = None) -> int:
 def names(text: str) -> tuple[str, ...]:
     """The words of a comma-separated list."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def launched(recipe: Recipe, words: list[str], flags: list[str], config_file: str | None) -> dict[str, Any]:
-    """Train a recipe in processes of its own, as `accelerate launch` does: {"exit_code", "message"} of how it ended.
-
-    Args:
-        words: settings that win over the file's.
-        flags: options of `main`.
-        config_file: an accelerate config; None for one process.
-    """
-    command = [sys.executable, *process.launcher(config_file), "lora_recipes.train", str(recipe.path), *words, *flags]
-    with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder) / "outcome.json"
-        code, asked = process.run_to_the_end(command, {OUTCOME_FILE: str(told)})
-        run_dir = RunDir.of(recipe.name)
-        if asked and not told.exists() and run_dir.lock.exists():
-            # `accelerate launch` is gone at once, while the trainer that it started still saves and holds its lock.
-            lock = Locked(run_dir.lock)
-            lock.acquire(wait=True)
-            lock.release()
-        failed = {"exit_code": code, "message": "training failed, see above"}
-        stopped = {"exit_code": EXIT_PREEMPTED, "message": f"stopped by {asked} before the run began"}
-        return read_json(told) or (stopped if asked else failed)
 
 
 def launch(

@@ -56,25 +56,18 @@ def require_same_run(
     Raises:
         RunError: anything else differs.
     """
-    return _settled(recipe, run_dir, differences(recipe, run_dir, data, chosen, world_size()), accepted)
-
-
-def differences(
-    recipe: Recipe, run_dir: RunDir, data: dict[str, str], chosen: dict[str, str], ranks: int
-) -> dict[str, str]:
-    """What is another than when a run was begun, as far as that can be told before weights are loaded: name → line."""
     manifest = read_json(run_dir.manifest)
     found = _of_recipe(recipe, run_dir) | _of_data(run_dir, data)
-    before = manifest.get("world_size", ranks)
-    if before != ranks:
-        found["world_size"] = f"world_size: {before} processes then, {ranks} now"
+    ranks = manifest.get("world_size", world_size())
+    if ranks != world_size():
+        found["world_size"] = f"world_size: {ranks} processes then, {world_size()} now"
     if not DTYPES & found.keys():  # else the recipe says so itself
         found |= _of_machine(manifest.get("chosen", {}), chosen)
     versions = library_versions()
     for name, then in manifest.get("versions", {}).items():
         if name in versions and then != versions[name]:
             found[f"versions.{name}"] = f"versions.{name}: {then} then, {versions[name]} now"
-    return found
+    return _settled(recipe, run_dir, found, accepted)
 
 
 def require_same_material(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_recipes import console
 from lora_recipes.errors import RefusedError
 from lora_recipes.model.build import make_servable
-from lora_recipes.model.folder import read_sums, require_publishable, write_sums
+from lora_recipes.model.folder import require_publishable, write_sums
 from lora_recipes.model.identity import Base, base_of, write_provenance
 from lora_recipes.model.initialise import INITIAL, changes_base
 from lora_recipes.model.source import Source
@@ -54,8 +54,6 @@ def publish(
         _model(trainer, run_dir, recipe, tokenizer, ends, main)
         what, after = f"Model: {run_dir.merged}", "generate"
     if main:
-        left = run_dir.adapter if recipe.get("lora") else run_dir.merged
-        write_json(run_dir.manifest, read_json(run_dir.manifest) | {"published": read_sums(left)})
         write_status(run_dir, state="complete", exit_code=0, reason="trained", step=trainer.state.global_step)
         console.say(what, "bold")
         console.say(f"Next: make {after} RECIPE={recipe.path}")

@@ -91,9 +91,8 @@ def test_a_loss_that_rises_for_good_is_no_spike():
     [
         ({"learning_rate": 1e-9}, "flat", "training.learning_rate was 1e-09 at most"),
         ({"learning_rate": 1e-2}, None, ""),
-        ({"learning_rate": 1.0, "max_grad_norm": 0.0}, "rising", "training.learning_rate reached"),
     ],
-    ids=["too low", "healthy", "too high"],
+    ids=["too low", "healthy"],
 )
 def test_a_real_run_is_told_what_is_wrong_with_it_and_a_healthy_one_nothing(
     write_recipe: Callable[..., Path],
