@@ -6,7 +6,7 @@ RECIPE ?= recipes/smollm2-135m-lora.yaml
 ARGS   ?=
 CONFIG ?=
 
-VERBS := check show plan audit preview generate chat evaluate merge export push status
+VERBS := check show plan audit preview generate chat evaluate merge export push status reproduce
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev demo test proofs chaos lint bench bench-regress bench-data bench-memory bench-merge bench-hot-swap bench-forgetting bench-latency table schema data train new $(VERBS)
@@ -15,7 +15,7 @@ help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z$$][a-zA-Z$$()_-]*:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf "  %-12s %s\n" "check show plan audit preview" ""
 	@printf "  %-12s %s\n" "generate chat evaluate merge" ""
-	@printf "  %-12s %s\n" "export push status" ""
+	@printf "  %-12s %s\n" "export push status reproduce" ""
 	@printf "  %-12s %s\n" "" "the verb of the same name on RECIPE=recipes/NAME.yaml, extra words in ARGS="
 
 $(BIN)/lora-recipes: pyproject.toml constraints.txt

@@ -10,7 +10,6 @@ from typing import Any
 from lora_recipes import __version__, process
 from lora_recipes.errors import (
     EXIT_DONE,
-    EXIT_PREEMPTED,
     EXIT_REFUSED,
     EXIT_USER,
     LoraRecipesError,
@@ -27,8 +26,8 @@ ONLY_FOR = {
     "--row": "preview",
     "--html": "preview",
     "--resume": "train",
-    "--fresh": "train",
-    "--accept-changes": "train",
+    "--fresh": "train reproduce",
+    "--accept-changes": "train reproduce",
     "--fit": "train",
     "--config_file": "train plan",
     "--gpu": "plan",
@@ -45,7 +44,7 @@ ONLY_FOR = {
     "--adapters": "merge",
     "--method": "merge",
     "--dry_run": "push",
-    "--allow-pickle": "train generate chat evaluate",
+    "--allow-pickle": "train reproduce generate chat evaluate",
 }
 EXIT_CODES = (
     "0 done, 2 recipe or data wrong, 3 machine lacks something, 4 refused, 143 stopped and saved, 1 a bug of ours"
@@ -91,9 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print exactly one JSON object on stdout")
     parser.add_argument("--resume", action="store_true", help="train: what it does by itself; scripts may say it")
-    parser.add_argument("--fresh", action="store_true", help="train: start over; what is there is moved aside")
     parser.add_argument(
-        "--accept-changes", metavar="A,B", help="train: go on although these are not as when the run was begun"
+        "--fresh", action="store_true", help="train, reproduce: start over; what is there is moved aside"
+    )
+    parser.add_argument(
+        "--accept-changes",
+        metavar="A,B",
+        help="train, reproduce: go on although these are not as when the run was begun",
     )
     parser.add_argument(
         "--fit", action="store_true", help="train: smaller micro-batches when memory runs out, see README"
@@ -247,33 +250,32 @@ def new(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """train it: accelerate launch run.py RECIPE"""
-    import tempfile
-
-    from lora_recipes.run_dir import Locked, RunDir, read_json
-    from lora_recipes.train import OUTCOME_FILE
+    from lora_recipes.launch import trained
+    from lora_recipes.run_dir import RunDir, read_json
 
     recipe = _recipe(args)
+    run_dir = RunDir.of(recipe.name)
     command = [sys.executable, *process.launcher(args.config_file), "lora_recipes.train", args.recipe, *args.words]
     flags = ("--fresh", "--fit", "--debug", "--allow-pickle")
     command += [flag for flag in flags if getattr(args, flag[2:].replace("-", "_"))]
     command += ["--accept-changes", args.accept_changes] if args.accept_changes else []
-    with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder) / "outcome.json"
-        code, asked = process.run_to_the_end(command, {OUTCOME_FILE: str(told)})
-        run_dir = RunDir.of(recipe.name)
-        if asked and not told.exists() and run_dir.lock.exists():
-            # `accelerate launch` is gone at once, while the trainer that it started still saves and holds its lock.
-            lock = Locked(run_dir.lock)
-            lock.acquire(wait=True)
-            lock.release()
-        failed = {"exit_code": code, "message": "training failed, see above"}
-        stopped = {"exit_code": EXIT_PREEMPTED, "message": f"stopped by {asked} before the run began"}
-        outcome: Result = read_json(told) or (stopped if asked else failed)
+    outcome: Result = trained(command, run_dir)
     if outcome["exit_code"] == EXIT_DONE:
         _emit(args, read_json(run_dir.status))
     else:
         _emit(args, {"error": outcome})
     return outcome["exit_code"]
+
+
+def reproduce(args: argparse.Namespace) -> int:
+    """RUN_FOLDER: train a run again beside it, and compare hashes"""
+    if args.recipe is None or args.words:
+        raise RunError("`reproduce` needs a run folder and takes no settings: lora-recipes reproduce outputs/NAME")
+    from lora_recipes.reproduce import reproduce as run
+
+    found = run(Path(args.recipe), accepted=args.accept_changes, fresh=args.fresh, allow_pickle=args.allow_pickle)
+    _emit(args, found)
+    return EXIT_DONE if found["reproduced"] else EXIT_REFUSED
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -423,6 +425,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
         audit,
         preview,
         train,
+        reproduce,
         generate,
         chat,
         evaluate,

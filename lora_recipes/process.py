@@ -15,6 +15,9 @@ GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA, either of th
 LAUNCH_CONFIG = "accelerate/default_config.yaml"  # what `accelerate config` writes, in Hugging Face's cache
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # schedulers and people ask with these
 PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
+# Where exit code and message go for a caller behind a launcher, which turns every failure into 1.
+OUTCOME_FILE = "LORA_RECIPES_OUTCOME_FILE"
+THREADS = "LORA_RECIPES_THREADS"  # of a CPU run that repeats another: sums depend on how they are shared out
 SHUTDOWN = "600"  # seconds that torchrun gives its ranks to save, instead of 30
 
 

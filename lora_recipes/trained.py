@@ -128,8 +128,7 @@ def changed_keys(recipe: Recipe, run_dir: RunDir, sections: tuple[str, ...]) -> 
     """Each key that differs from the run's own recipe.yaml, and how; none where nothing was recorded."""
     if not run_dir.recipe.is_file():
         return {}
-    old = _flat({name: load_recipe(run_dir.recipe).section(name) for name in sections})
-    new = _flat({name: recipe.section(name) for name in sections})
+    old, new = flat_sections(run_dir.recipe, sections), flat_sections(recipe, sections)
     for values in (old, new):
         _join_batch(values)
     absent = "unset"
@@ -138,6 +137,12 @@ def changed_keys(recipe: Recipe, run_dir: RunDir, sections: tuple[str, ...]) -> 
         for key in sorted(old.keys() | new.keys())
         if old.get(key, absent) != new.get(key, absent)
     }
+
+
+def flat_sections(recipe: Recipe | Path, sections: tuple[str, ...]) -> dict[str, Any]:
+    """Dotted key → value of some sections of a recipe, or of a run's recipe.yaml."""
+    loaded = load_recipe(recipe) if isinstance(recipe, Path) else recipe
+    return _flat({name: loaded.section(name) for name in sections})
 
 
 def _join_batch(values: dict[str, Any]) -> None:

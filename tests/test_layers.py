@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).parent.parent / "lora_recipes"
 LAYERS = [
     {"__init__", "errors", "redact"},
     {"recipe", "run_dir", "console", "process", "limits"},
-    {"data", "model", "score", "judge", "introspect"},
+    {"data", "model", "score", "judge", "introspect", "launch", "metrics"},
     {"plan", "trained", "verdict"},
-    {"audit", "train", "generate", "chat", "evaluate", "merge", "export", "push", "status"},
+    {"audit", "train", "generate", "chat", "evaluate", "merge", "export", "push", "status", "reproduce"},
     {"cli"},
     {"__main__"},
 ]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lora_recipes import process
 from lora_recipes.errors import MachineError
 from lora_recipes.recipe import Recipe
 
@@ -211,6 +212,8 @@ def _use_all_cores() -> int:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+    if told := os.environ.get(process.THREADS):
+        torch.set_num_threads(int(told))
+    elif os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(threads)
     return torch.get_num_threads()

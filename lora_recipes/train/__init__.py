@@ -25,9 +25,6 @@ from lora_recipes.train.preemption import Stop, end_with_launcher
 if TYPE_CHECKING:
     from lora_recipes.train.preflight import Ready
 
-# Where exit code and message go for a caller behind a launcher, which turns every failure into 1.
-OUTCOME_FILE = "LORA_RECIPES_OUTCOME_FILE"
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line of `run.py`, train, and return the exit code.
@@ -47,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="A,B",
         help="go on although these are not as when the run was begun",
     )
+    parser.add_argument("--repeats", type=Path, metavar="FOLDER", help="hold it against that run first (`reproduce`)")
     parser.add_argument(
         "--fit",
         action="store_true",
@@ -64,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         args.overrides,
         fresh=args.fresh,
         accepted=args.accept_changes,
+        repeats=args.repeats,
         fit=args.fit,
         debug=args.debug,
         allow_pickle=args.allow_pickle,
@@ -82,6 +81,7 @@ def launch(
     *,
     fresh: bool = False,
     accepted: tuple[str, ...] = (),
+    repeats: Path | None = None,
     fit: bool = False,
     debug: bool = False,
     allow_pickle: bool = False,
@@ -94,13 +94,14 @@ def launch(
     Args:
         fresh: start over; what is in the run folder is moved aside.
         accepted: names of what may be another than when the run was begun.
+        repeats: the folder of a run that this one repeats; it is held against it before it trains.
         fit: when memory runs out, try again with smaller micro-batches and the same rows a step.
         alone: this process does nothing else, so libraries that this recipe has no use for stay out of it.
     """
     process.prepare()
     stop = Stop()
     with stop.listening(alone=alone):
-        return _launch(recipe_path, overrides, stop, fresh, accepted, fit, debug, allow_pickle, alone)
+        return _launch(recipe_path, overrides, stop, fresh, accepted, repeats, fit, debug, allow_pickle, alone)
 
 
 def _launch(
@@ -109,6 +110,7 @@ def _launch(
     stop: Stop,
     fresh: bool,
     accepted: tuple[str, ...],
+    repeats: Path | None,
     fit: bool,
     debug: bool,
     allow_pickle: bool,
@@ -132,7 +134,7 @@ def _launch(
         with process.importing(alone=alone):
             from lora_recipes.train.preflight import preflight
 
-        ready = preflight(recipe, fresh=fresh, accepted=accepted)
+        ready = preflight(recipe, fresh=fresh, accepted=accepted, repeats=repeats)
         if ready is None:
             return _ended(EXIT_DONE, "")
         ready.stop, before = stop, _written_at(recipe)
@@ -180,8 +182,8 @@ def require_one_process() -> None:
 
 def _ended(exit_code: int, message: str) -> int:
     """Tell a caller behind the launcher how it ended."""
-    if OUTCOME_FILE in os.environ and os.environ.get("RANK", "0") == "0":
-        write_json(Path(os.environ[OUTCOME_FILE]), {"exit_code": exit_code, "message": message})
+    if process.OUTCOME_FILE in os.environ and os.environ.get("RANK", "0") == "0":
+        write_json(Path(os.environ[process.OUTCOME_FILE]), {"exit_code": exit_code, "message": message})
     return exit_code
 
 

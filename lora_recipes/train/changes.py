@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Collection
 from importlib.metadata import version
+from typing import Any
 
 from lora_recipes.errors import RefusedError, RunError
 from lora_recipes.recipe import Recipe
@@ -32,7 +33,7 @@ def world_size() -> int:
 
 def require_same_recipe(recipe: Recipe, run_dir: RunDir, data: dict[str, str]) -> None:
     """Raises RunError, with the differences, when a finished run was trained by another recipe or on other data."""
-    found = _of_recipe(recipe, run_dir) | _of_data(run_dir, data)
+    found = _of_recipe(recipe, run_dir) | of_data(read_json(run_dir.manifest), data)
     if found:
         raise RunError(
             f"{run_dir.root} is trained, with other settings:\n{_lines(found)}\nput them back, train again with --fresh (what "
@@ -57,17 +58,13 @@ def require_same_run(
         RunError: anything else differs.
     """
     manifest = read_json(run_dir.manifest)
-    found = _of_recipe(recipe, run_dir) | _of_data(run_dir, data)
+    found = _of_recipe(recipe, run_dir) | of_data(manifest, data)
     ranks = manifest.get("world_size", world_size())
     if ranks != world_size():
         found["world_size"] = f"world_size: {ranks} processes then, {world_size()} now"
     if not DTYPES & found.keys():  # else the recipe says so itself
         found |= _of_machine(manifest.get("chosen", {}), chosen)
-    versions = library_versions()
-    for name, then in manifest.get("versions", {}).items():
-        if name in versions and then != versions[name]:
-            found[f"versions.{name}"] = f"versions.{name}: {then} then, {versions[name]} now"
-    return _settled(recipe, run_dir, found, accepted)
+    return _settled(recipe, run_dir, found | of_versions(manifest), accepted)
 
 
 def require_same_material(
@@ -95,18 +92,35 @@ def require_same_material(
             f"{run_dir.root} was begun on other weights of the base (sha256 {before[:12]} then, {base[:12]} now); its "
             "checkpoints fit them alone. Put them back, or start over with --fresh"
         )
+    found = of_rows(manifest, tokens, template)
+    if {"data", "template"} & set(accepted):
+        found.pop("tokens", None)  # explained
+    return _settled(recipe, run_dir, found, accepted)
+
+
+def of_rows(manifest: dict[str, Any], tokens: dict[str, str], template: str | None) -> dict[str, str]:
+    """What of the chat template and of the rows' tokens is not as a run's manifest has it."""
     found = {}
     if manifest.get("chat_template_sha256", template) != template:
         found["template"] = "template: the chat template has changed"
     old = manifest.get("tokens", tokens)
     changed = [name for name in sorted(old.keys() | tokens.keys()) if old.get(name) != tokens.get(name)]
-    explained = {"data", "template"} & set(accepted)
-    if changed and not explained:
+    if changed:
         found["tokens"] = (
             f"tokens: other tokens in {', '.join(changed)}; data, chat template, tokenizer or the code that reads them "
             "have changed"
         )
-    return _settled(recipe, run_dir, found, accepted)
+    return found
+
+
+def of_versions(manifest: dict[str, Any]) -> dict[str, str]:
+    """Libraries of other versions than a run's manifest has."""
+    now = library_versions()
+    return {
+        f"versions.{name}": f"versions.{name}: {then} then, {now[name]} now"
+        for name, then in manifest.get("versions", {}).items()
+        if name in now and then != now[name]
+    }
 
 
 def _of_recipe(recipe: Recipe, run_dir: RunDir) -> dict[str, str]:
@@ -124,8 +138,13 @@ def _of_machine(before: dict[str, str], now: dict[str, str]) -> dict[str, str]:
     return {"dtype": f"dtype: {'; '.join(lines)}"} if lines else {}
 
 
-def _of_data(run_dir: RunDir, data: dict[str, str]) -> dict[str, str]:
-    before = read_json(run_dir.manifest).get("data", data)
+def of_data(manifest: dict[str, Any], data: dict[str, str]) -> dict[str, str]:
+    """Data files that are not as a run's manifest has them.
+
+    Args:
+        data: sha256 of each local data file now.
+    """
+    before = manifest.get("data", data)
     said = {None: "is new"}
     lines = [
         f"data: {file}: the file {said.get(before.get(file), 'has changed' if file in data else 'is gone')}"

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from lora_recipes import console
 from lora_recipes.data.content import file_hash
@@ -13,6 +14,7 @@ from lora_recipes.run_dir import Locked, RunDir
 from lora_recipes.train.changes import require_same_recipe, require_same_run
 from lora_recipes.train.checkpoints import numbered
 from lora_recipes.train.preemption import Stop
+from lora_recipes.train.repeat import Repeated, require_repeatable
 
 
 @dataclass
@@ -24,6 +26,7 @@ class Ready:
     Attributes:
         accepted: names of what may be another than when the run was begun.
         changed: what is another, and was accepted: name → line.
+        repeats: the run that this one repeats.
         stop: whether this process was asked to end.
     """
 
@@ -33,15 +36,19 @@ class Ready:
     opened: bool = False
     accepted: tuple[str, ...] = ()
     changed: dict[str, str] = field(default_factory=dict)
+    repeats: Repeated | None = None
     stop: Stop = field(default_factory=Stop)
 
 
-def preflight(recipe: Recipe, *, fresh: bool = False, accepted: tuple[str, ...] = ()) -> Ready | None:
+def preflight(
+    recipe: Recipe, *, fresh: bool = False, accepted: tuple[str, ...] = (), repeats: Path | None = None
+) -> Ready | None:
     """Check that a run can begin, or go on; None when it has already ended and nothing is left to do.
 
     Args:
         fresh: whatever is in the run folder is moved aside.
         accepted: names of what may be another than when the run was begun.
+        repeats: the folder of a run that this one repeats.
 
     Raises:
         RunError: the run folder is in use, or was begun with other settings.
@@ -52,6 +59,9 @@ def preflight(recipe: Recipe, *, fresh: bool = False, accepted: tuple[str, ...] 
     if not fresh and _already_complete(run_dir, recipe):
         return None
     choices = choose(recipe)
+    repeated = None
+    if repeats is not None:
+        repeated = require_repeatable(recipe, RunDir(repeats), data_hashes(recipe), choices, accepted)
     if not fresh and numbered(run_dir.checkpoints):  # without any the run starts at step 0: there is nothing to mix
         changed = require_same_run(recipe, run_dir, data_hashes(recipe), choices.named(), accepted)
     source = locate(recipe)
@@ -64,7 +74,7 @@ def preflight(recipe: Recipe, *, fresh: bool = False, accepted: tuple[str, ...] 
             lock = _moved_aside(run_dir, lock)
     elif not fresh:  # where the folder is being moved nobody else writes
         run_dir.require_writable()
-    return Ready(choices, source, lock, accepted=accepted, changed=changed)
+    return Ready(choices, source, lock, accepted=accepted, changed=changed, repeats=repeated)
 
 
 def _moved_aside(run_dir: RunDir, lock: Locked) -> Locked:

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_recipes import console
 from lora_recipes.errors import RefusedError
+from lora_recipes.metrics import metrics_sha256
 from lora_recipes.model.build import make_servable
-from lora_recipes.model.folder import require_publishable, write_sums
+from lora_recipes.model.digest import tensor_hashes
+from lora_recipes.model.folder import read_sums, require_publishable, write_sums
 from lora_recipes.model.identity import Base, base_of, write_provenance
 from lora_recipes.model.initialise import INITIAL, changes_base
 from lora_recipes.model.source import Source
@@ -67,6 +69,7 @@ def _adapter(trainer: RecipeTrainer, run_dir: RunDir, recipe: Recipe, source: So
             if changes_base(recipe.section("lora")):
                 _fit_the_untouched_base(trainer, run_dir.checkpoints / INITIAL, staging)
             _tidy(staging, recipe, run_dir, base_of(recipe, source))
+            _record(staging, run_dir.adapter, run_dir, trainer.state.global_step)
 
 
 def _fit_the_untouched_base(trainer: RecipeTrainer, initial: Path, staging: Path) -> None:
@@ -110,6 +113,7 @@ def _model(
         }
         require_publishable(staging)
         write_sums(staging)
+        _record(staging, run_dir.merged, run_dir, trainer.state.global_step)
         report |= {"adapter_sha256": None, "merged_sha256": file_sha256(staging / SUMS)}
         write_json(run_dir.parity, report)
 
@@ -132,6 +136,18 @@ def _require_equal(folder: Path, weights: Mapping[str, torch.Tensor], model: Pre
     if lost:
         raise RefusedError(f"{folder}: {lost[0]} was not written; nothing is published")
     return len(written)
+
+
+def _record(staging: Path, folder: Path, run_dir: RunDir, step: int) -> None:
+    """What the run came to, by hashes, in its manifest: a repetition is held against it."""
+    result = {
+        "folder": folder.name,
+        "step": step,
+        "files": read_sums(staging),
+        "tensors": tensor_hashes(staging),
+        "metrics_sha256": metrics_sha256(run_dir),
+    }
+    write_json(run_dir.manifest, read_json(run_dir.manifest) | {"published": result})
 
 
 def _tidy(folder: Path, recipe: Recipe, run_dir: RunDir, base: Base) -> None:

@@ -19,6 +19,7 @@ from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir, read_json, text_sha256, write_json, write_jsonl
 from lora_recipes.train.changes import library_versions
+from lora_recipes.train.repeat import CHANGED, Repeated, launch_record, machine_record
 
 
 def write_status(run_dir: RunDir, **changes: Any) -> None:
@@ -94,11 +95,13 @@ def write_manifest(
     choices: Choices,
     args: TrainingArguments,
     accepted: dict[str, str] | None = None,
+    repeats: Repeated | None = None,
 ) -> None:
-    """manifest.json: what it takes to repeat this run. No environment variables, so no secrets.
+    """manifest.json: what it takes to repeat this run. Of the environment only what `launch_record` names, so no secrets.
 
     Args:
         accepted: None begins a new run; else this one goes on, with these changes.
+        repeats: the run that this one repeats.
     """
     known = {} if accepted is None else read_json(run_dir.manifest)
     resolved = json.dumps(recipe.plain(), sort_keys=True)
@@ -127,11 +130,10 @@ def write_manifest(
                 "python": platform.python_version(),
                 **library_versions(),
             },
-            "machine": {
-                "system": platform.system(),
-                "processor": platform.machine(),
-                "device": choices.device,
-            },
+            "machine": machine_record(choices),
+            "launch": launch_record(choices),
             "argv": sys.argv,
+            **({CHANGED: known[CHANGED]} if CHANGED in known else {}),
+            **({"repeats": repeats.as_json()} if repeats else {}),
         },
     )

@@ -33,6 +33,7 @@ from lora_recipes.train.preflight import Ready, data_hashes
 from lora_recipes.train.probe import LongestFirst
 from lora_recipes.train.publish import publish
 from lora_recipes.train.record import RecordCallback, keep_metrics_until, write_manifest, write_status
+from lora_recipes.train.repeat import record_changed_on_the_way, require_same_rows
 from lora_recipes.train.room import require_disk
 from lora_recipes.train.trainer import RecipeTrainer, build_trainer, refuse_sharded, training_arguments
 
@@ -76,9 +77,11 @@ def train(recipe: Recipe, ready: Ready) -> None:
     ends = end_token_ids(recipe, source, tokenizer)
     data = load_data(recipe, tokenizer, set(ends))
     last = _last_checkpoint(recipe, run_dir)
+    template = text_sha256(tokenizer.chat_template) if tokenizer.chat_template else None
+    weights = base_of(recipe, source).weights_sha256
+    if ready.repeats is not None:
+        require_same_rows(ready.repeats, data.keys(), template, weights)
     if last is not None:
-        template = text_sha256(tokenizer.chat_template) if tokenizer.chat_template else None
-        weights = base_of(recipe, source).weights_sha256
         ready.changed |= require_same_material(recipe, run_dir, data.keys(), template, weights, ready.accepted)
     report = audit(data, args.per_device_train_batch_size, _global_batch(args))
     require_sound(report)
@@ -101,6 +104,9 @@ def train(recipe: Recipe, ready: Ready) -> None:
         if not out_of_memory(error):
             raise
         raise explained(error, recipe, trainer.batch_shape, trainer.state.global_step) from None
+    finally:
+        if trainer.is_world_process_zero():  # however it ended: the last line that was logged may be far behind
+            write_status(run_dir, step=trainer.state.global_step)
     publish(trainer, run_dir, recipe, source, tokenizer, ends)
 
 
@@ -162,6 +168,8 @@ def _open_run(
     write_evidence(run_dir, data, report)
     write_status(run_dir, state="running", exit_code=None, reason="training")
     keep_metrics_until(run_dir, _state(last).global_step if last else -1)
+    if last is not None:
+        record_changed_on_the_way(recipe, run_dir, ready.choices)
     if last is None or ready.changed:  # else a run that goes on keeps the record of its beginning
         write_text(run_dir.recipe, json.dumps(recipe.plain(), indent=2, ensure_ascii=False) + "\n")
         write_manifest(
@@ -175,6 +183,7 @@ def _open_run(
             ready.choices,
             trainer.args,
             None if last is None else ready.changed,
+            ready.repeats,
         )
     for line in ready.changed.values():
         console.say(f"note: accepted: {line}", "yellow")

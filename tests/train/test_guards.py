@@ -70,10 +70,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_its_step_and_names_the_ro
     assert launch(str(write_recipe(dataset=poisoned, training=keys)), []) == 4
     said = capsys.readouterr().err
     run_dir = RunDir.of("tiny")
-    reason = read_json(run_dir.status)["reason"]
+    status = read_json(run_dir.status)
+    reason = status["reason"]
     found = re.match(r"step (\d+): loss is nan", reason)
     assert found and reason in said
     step = int(found.group(1)) - 1
+    assert (status["state"], status["exit_code"], status["step"]) == ("failed", 4, step)
     assert "rows.jsonl:17" in said
     assert not run_dir.adapter.exists()
     kept = sorted(run_dir.checkpoints.glob("checkpoint-*"))
