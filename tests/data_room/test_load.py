@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lora_recipes.data import prepare, scan
+from lora_recipes.data import scan
 from lora_recipes.data.audit import audit
 from lora_recipes.data.load import LoadedData, load_data
 from lora_recipes.data.masks import Masker
@@ -174,7 +174,7 @@ def test_the_result_does_not_depend_on_the_number_of_processes(
 def test_too_little_room_for_the_tokens_is_said_before_anything_is_written(
     load: Callable[..., LoadedData], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
     with pytest.raises(MachineError, match=r"dataset\.streaming: true"):
         load(source(write("a.jsonl", A)))
     load(source("a.jsonl", streaming=True))

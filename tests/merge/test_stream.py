@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -281,11 +282,11 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
     planned = plan(recipe_on(made[0]), made[1])
     usage = namedtuple("usage", "total used free")
     free = planned.layout.bytes + weights.SPARE
-    monkeypatch.setattr(weights.shutil, "disk_usage", lambda folder: usage(0, 0, free - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, free - 1))
     with pytest.raises(MachineError, match="make room") as caught:
         write_weights(planned, tmp_path)
     assert caught.value.exit_code == EXIT_MACHINE and not list(tmp_path.iterdir())
-    monkeypatch.setattr(weights.shutil, "disk_usage", lambda folder: usage(0, 0, free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, free))
     write_weights(planned, tmp_path)
 
 
@@ -295,7 +296,7 @@ def test_what_is_there_already_needs_no_room(made: tuple[Path, Path], tmp_path: 
     planned = plan(recipe_on(made[0]), made[1])
     usage = namedtuple("usage", "total used free")
     free = planned.layout.bytes + weights.SPARE - there
-    monkeypatch.setattr(weights.shutil, "disk_usage", lambda folder: usage(0, 0, free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, free))
     assert write_weights(planned, tmp_path / "merged").kept == 4
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trl import SFTTrainer
 
 from lora_recipes.errors import EXIT_PREEMPTED, Preempted
 from lora_recipes.run_dir import RunDir, read_json
@@ -57,8 +56,8 @@ WHERE: dict[str, tuple[Any, str, int, int]] = {
     # where the signal comes: called what, after which step; the step that is saved
     "step": (RecipeTrainer, "training_step", 2, 3),
     "step before an evaluation": (RecipeTrainer, "training_step", 3, 4),
-    "evaluation": (SFTTrainer, "prediction_step", 2, 2),
-    "evaluation before a save": (SFTTrainer, "prediction_step", 4, 4),
+    "evaluation": (RecipeTrainer, "prediction_step", 2, 2),
+    "evaluation before a save": (RecipeTrainer, "prediction_step", 4, 4),
     "save": (saving, "publish_checkpoint", -1, 4),
     "last step": (RecipeTrainer, "training_step", 5, 6),
 }
