@@ -18,6 +18,7 @@ from lora_recipes.recipe import Recipe, load_recipe
 from lora_recipes.recipe.nodes import parse_file
 from tests.conftest import ROOT
 from tests.data_room.chat_tokenizers import trl_tokenizer
+from tests.toy import slow_if_like_another
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
@@ -83,7 +84,9 @@ def test_recipe_restates_nothing_that_its_parents_already_say(path: Path):
     assert not [key for key, value in own.items() if key in inherited and inherited[key] == value]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.stem, marks=slow_if_like_another(path)) for path in RECIPES]
+)
 def test_recipe_is_planned_offline(path: Path):
     found = plan(load_recipe(path), advise=False)
     assert found["memory"]["expected"] > 0

@@ -19,7 +19,7 @@ from lora_recipes.recipe import Recipe, load_recipe
 from lora_recipes.run_dir import RunDir
 from lora_recipes.train import launch, session
 from tests.conftest import ROOT
-from tests.toy import facts, make_toy, shrink
+from tests.toy import facts, make_toy, shrink, slow_if_like_another
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 ROWS = {"data/orders/train.jsonl": 8, "data/orders/heldout.jsonl": 2, "data/tutorial.jsonl": 8}
@@ -76,7 +76,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", [path.stem for path in RECIPES])
+@pytest.mark.parametrize("name", [pytest.param(path.stem, marks=slow_if_like_another(path)) for path in RECIPES])
 def test_recipe_trains_answers_and_merges_on_a_toy_of_its_model(
     name: str, toy: Callable[[Recipe], Path], workplace: Path, monkeypatch: pytest.MonkeyPatch, quick_proof: None
 ):

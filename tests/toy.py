@@ -1,13 +1,17 @@
 """Shrinks an architecture to two layers and a few hundred numbers a row, with all that makes it what it is."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
-from lora_recipes.plan import facts_file, facts_of
+from lora_recipes.plan import config_of, facts_file, facts_of
+from lora_recipes.plan.method import method_of
+from lora_recipes.recipe import load_recipe
 
 HEAD = 16  # head_dim; every width is a multiple of 32, which 4-bit needs
 SMALL = {  # by the name a config class gives it; only those it has
@@ -98,3 +102,25 @@ def facts(named: str, demo: Path) -> dict[str, Any]:
     known = facts_of(named)
     assert known, f"add {facts_file(named)}"
     return known["config"]
+
+
+def slow_if_like_another(path: Path) -> tuple[pytest.MarkDecorator, ...]:
+    """Marks for a recipe whose model differs from that of an earlier one in its sizes alone, and is trained the same way."""
+    return () if path.stem in _first_of_their_kind(path.parent) else (pytest.mark.slow,)
+
+
+@cache
+def _first_of_their_kind(folder: Path) -> set[str]:
+    first: dict[tuple[Any, ...], str] = {}
+    for path in sorted(folder.glob("*.yaml")):
+        recipe = load_recipe(path)
+        config = config_of(recipe)
+        own_end = path.stem if recipe.get("training.eos_token") else None
+        kind = (
+            config.model_type,
+            config.tie_word_embeddings,
+            method_of(recipe),
+            str(recipe.get("lora.target_modules")),
+        )
+        first.setdefault((*kind, own_end), path.stem)
+    return set(first.values())
