@@ -82,6 +82,7 @@ class GuardedTrainer(SavingTrainer):
     def _stop(self, computed: list[tuple[dict[str, Any], torch.Tensor]], fine: torch.Tensor, norm: Any) -> None:
         """Raises RefusedError, the same on all ranks, with the rows of the micro-batches whose loss is not finite; where all
         losses are, with all rows of the step."""
+        self.require_finite()  # weights that the last step broke are no fault of these rows
         blamed = [inputs for (inputs, _), good in zip(computed, fine.tolist(), strict=True) if not good]
         values = [loss.item() for (_, loss), good in zip(computed, fine.tolist(), strict=True) if not good]
         found = [(values[0] if values else None, self._named(blamed or [inputs for inputs, _ in computed]))]

@@ -13,6 +13,7 @@ import pytest
 
 from lora_recipes.run_dir import RunDir, read_json
 from lora_recipes.train import launch
+from lora_recipes.train.checkpoints import numbered
 from tests.conftest import ROOT
 from tests.train.launched import ACCELERATE, ENVIRONMENT, LONG, TORCHRUN, VERB, Launched
 from tests.train.runs import EVERY_STEP, digest, metrics
@@ -74,3 +75,50 @@ def test_a_run_that_is_killed_at_random_ends_as_the_run_that_was_not(write_recip
     assert one == other
     one, other = (RunDir.of(name).adapter / "adapter_model.safetensors" for name in ("killed", "whole"))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_ends_both_with_the_rows_of_that_rank(
+    write_recipe: Callable[..., Path], workdir: Path
+):
+    """The launch imports a module that spoils the loss of rank 1 alone."""
+    (workdir / "sitecustomize.py").write_text(SPOILED)
+    path = write_recipe(training=LONG | EVERY_STEP | {"save_total_limit": 2})
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{workdir}:{ENVIRONMENT['PYTHONPATH']}"}
+    words = [str(word) for word in (*TORCHRUN, ROOT / "run.py", path)]
+    told = subprocess.run(words, cwd=workdir, env=environment, capture_output=True, text=True, check=False)
+    status = read_json(RunDir.of("tiny").status)
+    assert told.returncode != 0 and (status["state"], status["exit_code"], status["step"]) == ("failed", 4, 3), (
+        told.stderr
+    )
+    assert "step 4: loss is nan" in status["reason"] and "train.jsonl:" in status["reason"]
+    assert [step for step, _ in numbered(RunDir.of("tiny").checkpoints)] == [3, 2]
+
+
+SPOILED = """
+import os, sys
+if "run.py" in " ".join(sys.argv) or os.environ.get("RANK") == "1":
+    import importlib.abc, importlib.util
+
+    class Finder(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path, target=None):
+            if name != "lora_recipes.train.trainer" or os.environ.get("RANK") != "1":
+                return None
+            sys.meta_path.remove(self)
+            spec = importlib.util.find_spec(name)
+            run = spec.loader.exec_module
+
+            def exec_module(module):
+                run(module)
+                real = module.RecipeTrainer.compute_loss
+
+                def compute_loss(self, *given, **named):
+                    loss = real(self, *given, **named)
+                    return loss * float("nan") if self.state.global_step == 3 else loss
+
+                module.RecipeTrainer.compute_loss = compute_loss
+
+            spec.loader.exec_module = exec_module
+            return spec
+
+    sys.meta_path.insert(0, Finder())
+"""
