@@ -23,7 +23,7 @@ from tests.train.launched import LONG, TORCHRUN, VERB, Launched, wait_until
 RESET = "[third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer"
 TIMED_OUT = "[third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 20000ms for recv operation"
 WAIT = 20  # seconds that ranks of these tests wait for each other
-GRACE = 5  # seconds that the launcher gives a rank that does not end
+GRACE = 30  # seconds that torchrun gives a rank that does not end when another has failed
 
 
 @pytest.fixture
@@ -112,15 +112,11 @@ def test_a_rank_that_is_left_alone_writes_down_why_unless_the_one_that_left_has(
     assert ("rank 0 of 2 is gone" in capsys.readouterr().err) == (first is None)
 
 
-def launch_two(by: str, write_recipe: Callable[..., Path], workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Launched:
+def launch_two(by: str, write_recipe: Callable[..., Path], workdir: Path) -> Launched:
     """Two ranks that save every fifth step, under torchrun or `lora-recipes train`."""
     keys: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5, "save_total_limit": 2, "ddp_timeout": WAIT}
     config = workdir / "two.yaml"
     config.write_text("distributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n")
-    monkeypatch.setitem(os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
-    monkeypatch.setattr(
-        "tests.train.launched.ENVIRONMENT", os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    )
     command = [*TORCHRUN, ROOT / "run.py"] if by == "torchrun" else [*VERB, "--config_file", config]
     launched = Launched(command, write_recipe("lost", training=LONG | keys), workdir)
     wait_until(lambda: launched.step() >= 6)
@@ -138,9 +134,8 @@ def test_a_rank_that_is_killed_or_hangs_ends_the_run_and_is_named(
     number: signal.Signals,
     write_recipe: Callable[..., Path],
     workdir: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ):
-    launched = launch_two(by, write_recipe, workdir, monkeypatch)
+    launched = launch_two(by, write_recipe, workdir)
     ids = {
         rank: pid
         for pid in launched.members()
