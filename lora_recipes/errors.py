@@ -42,6 +42,10 @@ class MachineError(LoraRecipesError, OSError):
     exit_code = EXIT_MACHINE
 
 
+class RankLost(MachineError):
+    """Another process of the run is gone, or hangs."""
+
+
 class RefusedError(LoraRecipesError):
     """Refused for integrity or security: going on could produce a wrong or unsafe artefact."""
 

@@ -5,7 +5,7 @@ import os
 import traceback
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_recipes import process
 from lora_recipes.errors import (
@@ -14,6 +14,7 @@ from lora_recipes.errors import (
     EXIT_PREEMPTED,
     LoraRecipesError,
     Preempted,
+    RankLost,
     RunError,
     machine_fault,
 )
@@ -155,7 +156,9 @@ def _launch(
     except (LoraRecipesError, MemoryError, OSError, RuntimeError) as error:
         if not isinstance(error, LoraRecipesError) and (told := _told_by_another_rank(recipe, ready, before)):
             return _preempted(recipe, None, told)
-        known = error if isinstance(error, LoraRecipesError) else machine_fault(error)
+        known = error if isinstance(error, LoraRecipesError) else machine_fault(error) or _rank_lost(error)
+        if isinstance(known, RankLost) and (first := _failed_before(recipe, ready)):
+            return _ended(first["exit_code"], first["reason"], left_alone=True)
         if known is None:
             _record_failure(recipe, ready, EXIT_BUG, repr(error))
             raise
@@ -165,7 +168,7 @@ def _launch(
         if rank == "0" or (ready is not None and ready.opened):
             console.error(str(known) if rank == "0" else f"[rank {rank}] {known}")
         _record_failure(recipe, ready, known.exit_code, str(known))
-        return _ended(known.exit_code, str(known))
+        return _ended(known.exit_code, str(known), left_alone=isinstance(known, RankLost))
     except BaseException as error:  # a bug: the status must not say "running" for ever
         _record_failure(recipe, ready, EXIT_BUG, repr(error))
         raise
@@ -180,9 +183,13 @@ def require_one_process() -> None:
         raise RunError("--fit works in one process only; with several set training.per_device_train_batch_size by hand")
 
 
-def _ended(exit_code: int, message: str) -> int:
-    """Tell a caller behind the launcher how it ended."""
-    if process.OUTCOME_FILE in os.environ and os.environ.get("RANK", "0") == "0":
+def _ended(exit_code: int, message: str, *, left_alone: bool = False) -> int:
+    """Tell a caller behind the launcher how it ended.
+
+    Args:
+        left_alone: the rank that does so otherwise may be the one that is gone.
+    """
+    if process.OUTCOME_FILE in os.environ and (left_alone or os.environ.get("RANK", "0") == "0"):
         write_json(Path(os.environ[process.OUTCOME_FILE]), {"exit_code": exit_code, "message": message})
     return exit_code
 
@@ -210,6 +217,23 @@ def _told_by_another_rank(recipe: Recipe | None, ready: "Ready | None", before: 
     status = read_json(RunDir.of(recipe.name).status)
     new = status.get("state") == "preempted" and _written_at(recipe) != before
     return Preempted(status["reason"]) if new else None
+
+
+def _rank_lost(error: BaseException) -> RankLost | None:
+    """What an error says of the other processes of this run."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    from lora_recipes.train.ranks import lost_contact
+
+    return lost_contact(error)
+
+
+def _failed_before(recipe: Recipe | None, ready: "Ready | None") -> dict[str, Any] | None:
+    """What a rank wrote down before it ended, which left the others alone: that is the cause, not that they are."""
+    if recipe is None or ready is None or not ready.opened:
+        return None
+    status = read_json(RunDir.of(recipe.name).status)
+    return status if status.get("state") in ("failed", "preempted") else None
 
 
 def _written_at(recipe: Recipe) -> int:

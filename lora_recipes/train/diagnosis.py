@@ -90,6 +90,12 @@ def _spike(losses: Sequence[float]) -> int | None:
     return None
 
 
+def _newest_losses(state: TrainerState) -> list[float]:
+    """As many as it takes to see whether the last one is a spike; evaluations are logged between them."""
+    lines = [line for line in state.log_history[-2 * (BEFORE + 1) :] if "loss" in line]
+    return [float(line["loss"]) for line in lines[-BEFORE - 1 :]]
+
+
 def _highest_rate(logged: Sequence[dict[str, Any]]) -> float:
     return max((float(line["learning_rate"]) for line in logged if "learning_rate" in line), default=0.0)
 
@@ -98,11 +104,16 @@ def _norms(logged: Sequence[dict[str, Any]]) -> list[float]:
     return [float(line["grad_norm"]) for line in logged if "grad_norm" in line]
 
 
+def _too_high(rate: float, facts: Facts) -> str:
+    most = USUAL[facts.method][1]
+    return f"training.learning_rate reached {rate:.2g}; {facts.method} rarely bears more than {most:.0e}"
+
+
 def _too_much(logged: Sequence[dict[str, Any]], facts: Facts) -> list[str]:
     rate, (_, most) = _highest_rate(logged), USUAL[facts.method]
     causes = []
     if rate > most:
-        causes.append(f"training.learning_rate reached {rate:.2g}; {facts.method} rarely bears more than {most:.0e}")
+        causes.append(_too_high(rate, facts))
     if facts.fp16:
         causes.append("fp16 overflows easily: set training.bf16=true where the GPU has it")
     if not facts.max_grad_norm:
@@ -118,8 +129,10 @@ def _too_much(logged: Sequence[dict[str, Any]], facts: Facts) -> list[str]:
 
 
 def _too_little(logged: Sequence[dict[str, Any]], facts: Facts, first: float) -> list[str]:
-    rate, (least, _), norms = _highest_rate(logged), USUAL[facts.method], _norms(logged)
+    rate, (least, most), norms = _highest_rate(logged), USUAL[facts.method], _norms(logged)
     causes = []
+    if rate > most:  # what was learnt is thrown out again with every step
+        causes.append(_too_high(rate, facts))
     if norms and median(norms) < NO_GRADIENT:
         causes.append("no gradient arrives (its norm is 0): hardly a token has a loss, or what has one is frozen")
     if 2 * facts.warmup_steps >= facts.max_steps:
@@ -149,17 +162,23 @@ def _too_little(logged: Sequence[dict[str, Any]], facts: Facts, first: float) ->
 
 
 class Diagnosis(TrainerCallback):
-    """Says what is odd once, as soon as it shows: a spike at once, a loss that stays flat at half the run and at its end."""
+    """Says what is odd once: a spike as soon as it shows, a loss that stays or rises at half the run and at its end.
+
+    All that was logged is read only then, so that a log event costs the same at step 20,000 as at step 20.
+    """
 
     def __init__(self, recipe: Recipe, run_dir: RunDir, trained_percent: float, vocabulary: int) -> None:
         self.recipe, self.run_dir = recipe, run_dir
         self.trained_percent, self.vocabulary = trained_percent, vocabulary
         self.said: str | None = None
+        self.halfway = False
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        half = 2 * state.global_step >= state.max_steps
-        if state.is_world_process_zero and "loss" in (kwargs.get("logs") or {}):
-            self._say(self._found(args, state), unless_flat=not half)
+        if not state.is_world_process_zero or "loss" not in (kwargs.get("logs") or {}):
+            return
+        before, self.halfway = self.halfway, 2 * state.global_step >= state.max_steps
+        if self.halfway > before or _spike(_newest_losses(state)) is not None:
+            self._say(self._found(args, state), unless_flat=not self.halfway)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,5 +1,6 @@
 """Losses that jump, rise or stay: found, with the right cause first; losses that fall say nothing."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from lora_recipes.run_dir import RunDir, read_json
-from lora_recipes.train import launch
+from lora_recipes.run_dir import RunDir, read_json, read_jsonl
+from lora_recipes.train import diagnosis, launch
 from lora_recipes.train.diagnosis import Facts, diagnose
+from lora_recipes.train.trainer import RecipeTrainer
 
 FACTS = Facts(
     method="LoRA",
@@ -36,6 +39,7 @@ def wavy(start: float, end: float, count: int = 40) -> list[float]:
     return [end + (start - end) * math.exp(-step / 10) + 0.1 * end * math.sin(2.1 * step) for step in range(count)]
 
 
+HARDLY_TRAINED = {"data_files": {"train": "rows.jsonl"}, "eval_split": None}
 FLAT = [2.0 + 0.05 * math.sin(step) for step in range(40)]
 
 
@@ -61,6 +65,7 @@ CAUSES = {
     "gradients are clipped from 90": (lines(FLAT, norm=90.0), FACTS),
     "5 steps of 2 rows": (lines(FLAT), replace(FACTS, max_steps=5, warmup_steps=0, rows_a_step=2)),
     "few layers are adapted (q_proj)": (lines(FLAT), replace(FACTS, targets=["q_proj"])),
+    "training.learning_rate reached 0.5": (lines(FLAT, rate=0.5), FACTS),
     "nothing in the settings explains it": (lines(FLAT), FACTS),
 }
 
@@ -87,22 +92,30 @@ def test_a_loss_that_rises_for_good_is_no_spike():
 
 
 @pytest.mark.parametrize(
-    ("training", "finding", "cause"),
+    ("changes", "finding", "cause"),
     [
-        ({"learning_rate": 1e-9}, "flat", "training.learning_rate was 1e-09 at most"),
-        ({"learning_rate": 1e-2}, None, ""),
+        ({"training": {"learning_rate": 1e-9}}, "flat", "training.learning_rate was 1e-09 at most"),
+        ({"training": {"learning_rate": 1.0}, "lora": None}, "rising", "training.learning_rate reached 1;"),
+        ({"training": {"learning_rate": 2e-4, "max_length": 500}, "dataset": HARDLY_TRAINED}, "flat", "only 0.4"),
+        ({"training": {"learning_rate": 1e-2}}, None, ""),
     ],
-    ids=["too low", "healthy"],
+    ids=["too low", "too high", "masked", "healthy"],
 )
 def test_a_real_run_is_told_what_is_wrong_with_it_and_a_healthy_one_nothing(
     write_recipe: Callable[..., Path],
-    training: dict[str, float],
+    workdir: Path,
+    changes: dict[str, Any],
     finding: str | None,
     cause: str,
     capsys: pytest.CaptureFixture,
 ):
     keys = {"max_steps": 16, "logging_steps": 1, "warmup_steps": 0, "lr_scheduler_type": "constant"}
-    assert launch(str(write_recipe(training=keys | training)), []) == 0
+    rows = [
+        [{"role": "user", "content": f"say {n}" + " word" * 150}, {"role": "assistant", "content": "y"}]
+        for n in range(24)
+    ]
+    (workdir / "rows.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    assert launch(str(write_recipe(**changes | {"training": keys | changes["training"]})), []) == 0
     found = read_json(RunDir.of("tiny").status)["diagnosis"]
     said = capsys.readouterr().err
     if finding is None:
@@ -110,3 +123,30 @@ def test_a_real_run_is_told_what_is_wrong_with_it_and_a_healthy_one_nothing(
     else:
         assert found["finding"] == finding and found["causes"][0].startswith(cause)
         assert said.count("Likely causes") == 1
+
+
+def test_what_was_logged_is_read_at_half_the_run_and_at_its_end_not_at_every_step(
+    write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    read = []
+    monkeypatch.setattr(diagnosis, "read_jsonl", lambda path: read.append(path) or read_jsonl(path))
+    keys = {"max_steps": 16, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 4}
+    assert launch(str(write_recipe(training=keys)), []) == 0
+    assert len(read) == 2
+
+
+def test_a_jump_in_a_real_run_is_told_at_its_step(write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
+    real, told = RecipeTrainer.training_step, []
+
+    def training_step(self: RecipeTrainer, *given: Any) -> torch.Tensor:
+        return real(self, *given) * (3.0 if self.state.global_step == 11 else 1.0)
+
+    def say(text: str, *style: str) -> None:
+        if "jumped" in text:
+            told.append(read_jsonl(RunDir.of("tiny").metrics)[-1]["step"])
+
+    monkeypatch.setattr(RecipeTrainer, "training_step", training_step)
+    monkeypatch.setattr(diagnosis.console, "say", say)
+    assert launch(str(write_recipe(training={"max_steps": 40, "logging_steps": 1})), []) == 0
+    assert told == [12]
+    assert read_json(RunDir.of("tiny").status)["diagnosis"]["step"] == 12

@@ -1,0 +1,70 @@
+"""Processes that train together: how long they wait for each other, and who is missing when they waited in vain."""
+
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from accelerate import PartialState
+from torch.distributed import DistError, TCPStore
+
+from lora_recipes.errors import RankLost
+from lora_recipes.process import STOPPING
+
+ANSWER = timedelta(seconds=3)  # for a rank that is alive to say so: all that wait in one exchange give up together
+HERE = "lora-recipes/lost-contact/"  # and the rank: key in the launcher's store, of a rank that is there to ask
+
+
+def meet(training: Mapping[str, Any]) -> None:
+    """Connect the processes of a CPU run so that they wait no longer than `training.ddp_timeout` for each other.
+
+    The Trainer, which connects them otherwise, hands that on for GPUs only: gloo would wait for half an hour.
+    """
+    if training.get("use_cpu") and training.get("ddp_timeout") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState(cpu=True, backend=training.get("ddp_backend"), timeout=timedelta(seconds=training["ddp_timeout"]))
+
+
+def lost_contact(error: BaseException) -> RankLost | None:
+    """What an error in an exchange between processes means; None for any other error.
+
+    Takes some seconds, in which signals are ignored: this process ends anyway, and its launcher, which sends one as soon
+    as a rank is gone, shall not cut the explanation off.
+    """
+    if not (isinstance(error, DistError) or "gloo" in str(error)):  # gloo's errors have no type of their own
+        return None
+    if threading.current_thread() is threading.main_thread():
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)
+    silent, world = silent_ranks(), os.environ.get("WORLD_SIZE", "1")
+    who = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))} of {world}" if silent else "another process"
+    hung = "imed out" in str(error) or "imeout" in str(error)
+    what = (
+        "did not answer in time (training.ddp_timeout): it hangs, was stopped, or works alone for longer than that"
+        if hung
+        else "is gone: it was killed, or its machine has no memory or no network left"
+    )
+    return RankLost(
+        f"{who} {what}; see what it said, and the kernel's log. The last good checkpoint is whole, and the same command goes on. "
+        f"Told by rank {os.environ.get('RANK', '0')}: {str(error).splitlines()[0]}"
+    )
+
+
+def silent_ranks() -> list[int]:
+    """Ranks that do not say within seconds that they, too, have lost contact; [] where that cannot be known.
+
+    Asked for in the store through which the launcher brought them together, which outlives all of them; where it lived
+    in rank 0 and is gone, that is the answer.
+    """
+    here, ranks = int(os.environ["RANK"]), range(int(os.environ["WORLD_SIZE"]))
+    try:
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=ANSWER)
+        store.set(f"{HERE}{here}", "here")
+    except DistError:
+        return [0] if here else []
+    try:
+        store.wait([f"{HERE}{rank}" for rank in ranks], ANSWER)
+    except DistError:
+        return [rank for rank in ranks if not store.check([f"{HERE}{rank}"])]
+    return []
