@@ -41,6 +41,16 @@ def _finite(parameter: torch.Tensor) -> bool:
     return bool(torch.isfinite(parameter.data).all())  # the sum itself may overflow
 
 
+def require_positions(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Raises RecipeError where rows may be longer than the model has positions for."""
+    most, asked = getattr(config.get_text_config(), "max_position_embeddings", None), recipe.get("training.max_length")
+    if most and asked and asked > most:
+        raise RecipeError(
+            f"{recipe.where('training.max_length')}: `training.max_length` is {asked}, and `model` has {most} positions "
+            f"(max_position_embeddings); set training.max_length={most}, or a model with more"
+        )
+
+
 def require_vocabulary(recipe: Recipe, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises RecipeError where a tokenizer makes numbers that the model has no embedding for.
 

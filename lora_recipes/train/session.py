@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer, m
 from lora_recipes.model.identity import base_of
 from lora_recipes.model.initialise import INITIAL, changes_base, keep_initial
 from lora_recipes.model.machine import Choices
-from lora_recipes.model.sound import require_vocabulary
+from lora_recipes.model.sound import require_positions, require_vocabulary
 from lora_recipes.model.source import Source, materialise
 from lora_recipes.model.targets import Targets, find_targets
 from lora_recipes.recipe import Recipe
@@ -73,6 +74,7 @@ def train(recipe: Recipe, ready: Ready) -> None:
     require_vocabulary(recipe, config, tokenizer)
     _refuse_leaking_packing(recipe, config)
     targets = find_targets(recipe, config)
+    require_positions(recipe, config)
     _require_small_on_cpu(recipe, choices, targets)
     ends = end_token_ids(recipe, source, tokenizer)
     data = load_data(recipe, tokenizer, set(ends))
@@ -100,6 +102,11 @@ def train(recipe: Recipe, ready: Ready) -> None:
     trainer.stop, ready.stop.deferring = ready.stop, True
     try:
         _run(trainer, last)
+    except pickle.UnpicklingError as error:
+        raise RefusedError(
+            f"{last}: a file in it is a pickle of more than tensors and numbers, and may be an attack; nothing of it was run. "
+            "Delete that checkpoint, or start over with --fresh"
+        ) from error
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -230,6 +237,8 @@ def _run(trainer: RecipeTrainer, last: Path | None) -> None:
     """Train to the last step. A checkpoint of the last step is only loaded: the Trainer would add a step to it."""
     if last is not None:
         state = _state(last)
+        if trainer.args.max_steps > 0:  # it may have been changed since
+            state.max_steps = trainer.args.max_steps
         if state.global_step >= state.max_steps:
             trainer._load_from_checkpoint(str(last))
             trainer.state = state
