@@ -8,8 +8,8 @@ import pytest
 
 from tests import promises
 
-# Promises that no test holds yet.
-OPEN: set[str] = set()
+NO_TEST = {"D30", "F15", "F20"}  # yet
+LONG = {"F3"}  # only `make promises CHAOS=1` runs it
 
 
 @functools.cache
@@ -18,9 +18,10 @@ def functions(file: str) -> set[str]:
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 
-def test_every_promise_but_the_open_ones_has_a_test_that_ran_and_is_there():
+def test_every_promise_but_those_named_has_a_test_that_ran_and_is_there():
     results = promises.read()
-    assert set(results) == set(promises.PROMISES) - OPEN
+    assert set(promises.PROMISES) - set(results) <= NO_TEST | LONG
+    assert set(results) <= set(promises.PROMISES) - NO_TEST
     for tests in results.values():
         for name in tests:
             file, _, function = name.partition("::")
