@@ -9,7 +9,7 @@ CONFIG ?=
 VERBS := check show plan audit preview generate chat evaluate merge export push status reproduce
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test proofs chaos lint bench bench-regress bench-data bench-memory bench-merge bench-hot-swap bench-forgetting bench-latency table schema data train new $(VERBS)
+.PHONY: help install install-dev demo test proofs chaos promises lint bench bench-regress bench-data bench-memory bench-merge bench-hot-swap bench-forgetting bench-latency table schema data train new $(VERBS)
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z$$][a-zA-Z$$()_-]*:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ proofs: install-dev  ## the slow proofs: both demo recipes trained in full, and 
 
 chaos: install-dev  ## runs that are stopped and killed in every way, with real processes (about 15 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m chaos $(ARGS)
+
+promises: install-dev  ## the tests that hold a promise, and their results into docs/reliability.md; CHAOS=1 for the long ones too
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -p tests.promises.record $(if $(CHAOS),,-m "not slow" -n auto) $(ARGS)
 
 lint: install-dev  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ CONTROLS = re.compile(
     r"<[|｜][\w▁/-]{1,40}[|｜]>|\[/?(?:INST|SYSTEM_PROMPT|TOOL_RESULTS|AVAILABLE_TOOLS)\]|<</?SYS>>"
     r"|</?(?:start|end)_of_turn>|\[gMASK\]"
 )
+UNDECODED = "\ufffd"  # what a tokenizer's decoder writes for them
 THINKING = ("<think>", "</think>")  # how models think aloud, whatever kind of token it is to their tokenizer
 
 
@@ -50,7 +51,11 @@ def fault(text: str, stopped: str, signs: Signs) -> str | None:
         return f"leaks {found!r}"
     if found := loop(text):
         return f"repeats {shortened(found, 40)!r} at its end"
-    return None if stopped == "eos" else "ran into the limit of new tokens"
+    if stopped != "eos":
+        return "ran into the limit of new tokens"
+    if not text.strip():
+        return "is empty"
+    return "holds bytes that are no UTF-8" if UNDECODED in text else None
 
 
 def leak(text: str, signs: Signs) -> str | None:

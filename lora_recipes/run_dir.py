@@ -96,6 +96,17 @@ class RunDir:
     def lock(self) -> Path:
         return self.root / ".lock"
 
+    def in_use(self) -> bool:
+        """Whether a process holds the lock; nothing is created to find out."""
+        if not self.lock.is_file():
+            return False
+        with self.lock.open("rb") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+
     def evidence(self) -> dict[str, str | None]:
         """What the models in this folder are, by sha256, so that evidence of older ones can be told; None where there is none."""
         adapter, merged = self.adapter / "adapter_model.safetensors", self.merged / SUMS

@@ -17,12 +17,18 @@ def status(recipe: Recipe) -> dict[str, Any]:
         for key in ("step", "max_steps", "exit_code", "reason", "last_good_checkpoint", "diagnosis")
     }
     return {
-        "state": recorded.get("state", "not started"),
+        "state": _state(run_dir, recorded),
         **known,
         **told,
         "folder": str(run_dir.root),
         "next": _next(recipe, run_dir, told),
     }
+
+
+def _state(run_dir: RunDir, recorded: dict[str, Any]) -> str:
+    """As recorded; a run that was killed had no time to record it, but holds no lock."""
+    state = recorded.get("state", "not started")
+    return "cut off" if state == "running" and not run_dir.in_use() else state
 
 
 def _next(recipe: Recipe, run_dir: RunDir, told: dict[str, Any]) -> list[str]:

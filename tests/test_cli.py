@@ -12,7 +12,7 @@ import pytest
 
 from lora_recipes import process
 from lora_recipes.cli import VERBS, main
-from lora_recipes.run_dir import RunDir, write_json, write_jsonl
+from lora_recipes.run_dir import Locked, RunDir, write_json, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ["torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "accelerate"]
@@ -222,6 +222,20 @@ def test_status_before_anything_has_run(recipe: str, workdir: Path, capsys: pyte
     for key in ("step", "max_steps", "exit_code", "reason", "last_good_checkpoint"):
         assert found[key] is None
     assert not (workdir / "outputs").exists()
+
+
+def test_status_of_a_run_that_was_killed_is_cut_off_and_of_one_that_runs_is_running(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = RunDir.of("tiny")
+    lock = Locked(run_dir.lock)
+    lock.acquire(wait=False)
+    write_json(run_dir.status, {"state": "running", "step": 2, "max_steps": 3, "last_good_checkpoint": "checkpoint-2"})
+    assert call_json(capsys, "status", recipe)[1]["state"] == "running"
+    lock.release()
+    found = call_json(capsys, "status", recipe)[1]
+    assert (found["state"], found["step"], found["last_good_checkpoint"]) == ("cut off", 2, "checkpoint-2")
+    assert found["next"] == [f"accelerate launch run.py {recipe}"]
 
 
 def test_status_for_people_goes_to_stderr(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -166,6 +166,23 @@ def test_what_belongs_into_an_answer_is_no_leak(text: str, signs: Signs):
     assert leak(text, signs) is None
 
 
+@pytest.mark.promise("G1")
+@pytest.mark.parametrize(
+    ("text", "stopped", "found"),
+    [
+        ("", "eos", "is empty"),
+        (" \n", "eos", "is empty"),
+        ("caf\ufffd", "eos", "holds bytes that are no UTF-8"),
+        ("on and on", "length", "ran into the limit of new tokens"),
+        ("caf\ufffd", "length", "ran into the limit of new tokens"),  # cut within a character
+        ("pens " * 20, "eos", "repeats 'pens' at its end"),
+        ("café", "eos", None),
+    ],
+)
+def test_each_way_an_answer_can_go_wrong_has_a_name(text: str, stopped: str, found: str | None):
+    assert fault(text, stopped, Signs()) == found
+
+
 def test_how_an_answer_ended_is_told_in_order_of_what_explains_most():
     looping = "pens " * 20
     assert fault("Paris", "eos", CHATML) is None

@@ -66,6 +66,7 @@ def test_without_a_fault_everything_passes(run: RunDir):
     assert main(["evaluate", "r.yaml"]) == 0
 
 
+@pytest.mark.promise("A1")
 @pytest.mark.parametrize("verb", ["merge", "generate", "evaluate", "chat"])
 def test_an_adapter_of_another_base_of_equal_shape(run: RunDir, verb: str, told: Told):
     torch.manual_seed(7)
@@ -190,6 +191,7 @@ def flip(folder: Path) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.promise("F17")
 @pytest.mark.parametrize(
     ("fault", "said"),
     [(drop_eos, "eos_token_id lacks <|im_end|>"), (flip, "its content is not what was written")],
@@ -205,6 +207,7 @@ def test_a_merged_folder_that_is_not_what_was_meant(
     assert not run.merged.exists() and not read_json(run.parity)["passed"]
 
 
+@pytest.mark.promise("F17")
 @pytest.mark.parametrize("fault", [drop_eos, flip])
 @pytest.mark.parametrize("verb", ["generate", "export"])
 def test_a_published_model_that_was_changed(run: RunDir, verb: str, fault: Callable, told: Told):
@@ -251,6 +254,7 @@ def test_what_must_not_be_published(run: RunDir, in_merged: Callable, name: str,
     assert not run.merged.exists()
 
 
+@pytest.mark.promise("F17")
 def test_a_killed_proof_costs_no_second_merge(run: RunDir, monkeypatch: pytest.MonkeyPatch, told: Told):
     def killed(proof: parity.Proof) -> dict:
         raise MachineError("the process that reloaded the merged model was killed")

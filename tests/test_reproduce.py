@@ -90,6 +90,7 @@ def edit(file: Path, **changes: Any) -> None:
     write_json(file, read_json(file) | changes)
 
 
+@pytest.mark.promise("F21")
 def test_a_run_repeats_to_the_last_bit_and_is_not_touched(run: RunDir, capsys: pytest.CaptureFixture):
     Path("tiny.yaml").unlink()  # all it takes is in the run folder
     before = contents(run.root)
@@ -106,6 +107,7 @@ def test_a_run_repeats_to_the_last_bit_and_is_not_touched(run: RunDir, capsys: p
     assert contents(run.root) == before
 
 
+@pytest.mark.promise("F21")
 def test_a_whole_model_with_overrides_repeats_to_the_last_bit(
     here: None, write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture
 ):
@@ -176,6 +178,7 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str | None]] = 
 }
 
 
+@pytest.mark.promise("F21")
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_what_is_not_as_it_was_is_refused_before_a_step_and_only_rounding_can_be_accepted(
     name: str, run: RunDir, capsys: pytest.CaptureFixture
@@ -229,6 +232,7 @@ REASONS: dict[str, tuple[Callable[[RunDir], Any], str, int]] = {
 }
 
 
+@pytest.mark.promise("F21")
 @pytest.mark.parametrize("name", REASONS)
 def test_a_run_that_no_single_run_repeats_is_refused_with_the_reason(
     name: str, run: RunDir, capsys: pytest.CaptureFixture
@@ -287,6 +291,7 @@ def test_a_gap_is_the_largest_difference_and_its_share_of_all(tmp_path: Path):
     assert gap(folders[0], folders[2]) is None and gap(folders[2], folders[0]) is None
 
 
+@pytest.mark.promise("F21")
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_in_processes_of_its_own_with_as_many_ranks_and_after_a_signal(

@@ -41,6 +41,21 @@ def _finite(parameter: torch.Tensor) -> bool:
     return bool(torch.isfinite(parameter.data).all())  # the sum itself may overflow
 
 
+def require_positions(recipe: Recipe, config: PreTrainedConfig, longest: int) -> None:
+    """Raises RecipeError where a row is longer than the model has positions for.
+
+    Args:
+        longest: tokens of the longest row, before it is cut at `training.max_length`.
+    """
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = min(longest, recipe.get("training.max_length") or longest)
+    if most and length > most:
+        raise RecipeError(
+            f"{recipe.where('training.max_length')}: a row has {length} tokens with this `training.max_length`, and `model` has "
+            f"{most} positions (max_position_embeddings); set training.max_length={most}, or name a model with more"
+        )
+
+
 def require_vocabulary(recipe: Recipe, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises RecipeError where a tokenizer makes numbers that the model has no embedding for.
 

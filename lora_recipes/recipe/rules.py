@@ -416,6 +416,15 @@ def _texts(value: Any) -> list[str]:
     return [value] if value else []
 
 
+def _steps(values: Values) -> Iterator[Finding]:
+    if values.get("training", {}).get("max_steps") == 0:
+        yield Finding(
+            "training.max_steps",
+            "is 0, which the Trainer takes for no limit: it would train all of `training.num_train_epochs`",
+            "write a number from 1 on, or drop it",
+        )
+
+
 def _streaming(values: Values) -> Iterator[Finding]:
     training, sources = values.get("training", {}), _sources(values)
     streamed = [prefix for prefix, source in sources if source.get("streaming")]
@@ -555,6 +564,7 @@ RULES: list[Callable[[Values], Iterator[Finding]]] = [
     _generation,
     _local_files,
     _unsafe_files,
+    _steps,
     _streaming,
     _row_limits,
     _truncation,

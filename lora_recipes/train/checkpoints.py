@@ -7,7 +7,8 @@ A checkpoint is whole when its manifest.json, which is written last, names every
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def publish_checkpoint(
     write_json(staging / MANIFEST, {"step": step, **known, "stopped": stopped or {}, "files": files})
     for inner in [path for path in staging.rglob("*") if path.is_dir()]:
         fsync(inner)
+    staging.chmod(0o755)  # whatever the umask says
     fsync(staging)
     final = folder / staging.name
     if final.exists():
@@ -154,6 +156,8 @@ def why_broken(checkpoint: Path, run: str | None, *, hashed: bool = True) -> str
     there = {file.relative_to(checkpoint).as_posix(): file for file in _files(checkpoint)}
     for name in there.keys() - manifest["files"].keys():
         return f"{name} was put there later"
+    if lacking := _lacking(there.keys() | manifest["files"].keys(), manifest):
+        return f"{lacking} was never in it, and would begin anew in silence"
     for name, known in manifest["files"].items():
         if name not in there:
             return f"{name} is gone"
@@ -164,6 +168,35 @@ def why_broken(checkpoint: Path, run: str | None, *, hashed: bool = True) -> str
             return f"{name} has {size:,} bytes, {known['bytes']:,} were saved"
         if hashed and file_sha256(there[name]) != known["sha256"]:
             return f"{name} is not what was saved (sha256)"
+    return _open_to_others(checkpoint, there.values())
+
+
+def _lacking(names: Collection[str], manifest: dict[str, Any]) -> str | None:
+    """Which part of a run's state no file of a checkpoint holds; FSDP and DeepSpeed have folders of their own for it."""
+    parts = {"the state of the optimizer": r"optimizer.*|global_step.*|pytorch_model_fsdp.*"}
+    parts |= {
+        "the schedule of the learning rate": r"scheduler\.pt|global_step.*",
+        "the trainer's state": r"trainer_state\.json",
+    }
+    ranks = manifest.get("world_size", 1)
+    for rank in range(ranks):
+        own = f"rng_state_{rank}" if ranks > 1 else "rng_state"
+        parts[f"the random state of rank {rank}"] = rf"{own}\.pth"
+    return next((part for part, wanted in parts.items() if not any(re.fullmatch(wanted, name) for name in names)), None)
+
+
+def _open_to_others(checkpoint: Path, files: Iterable[Path]) -> str | None:
+    """Whether somebody else could have written a checkpoint. A mount that gives all its files to one user, or to everybody,
+    says so of the folder above too."""
+    above = checkpoint.parent.stat()
+    if checkpoint.is_symlink():
+        return "it is a link"
+    for place in (checkpoint, *files):
+        owner = place.stat().st_uid
+        if owner not in (os.geteuid(), above.st_uid):
+            return f"{place.name} belongs to another user (uid {owner})"
+    if checkpoint.stat().st_mode & ~above.st_mode & stat.S_IWOTH:
+        return "anybody may write into its folder"
     return None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer, m
 from lora_recipes.model.identity import base_of
 from lora_recipes.model.initialise import INITIAL, changes_base, keep_initial
 from lora_recipes.model.machine import Choices
-from lora_recipes.model.sound import require_vocabulary
+from lora_recipes.model.sound import require_positions, require_vocabulary
 from lora_recipes.model.source import Source, materialise
 from lora_recipes.model.targets import Targets, find_targets
 from lora_recipes.recipe import Recipe
@@ -87,6 +88,7 @@ def train(recipe: Recipe, ready: Ready) -> None:
         ready.changed |= require_same_material(recipe, run_dir, data.keys(), template, weights, ready.accepted)
     report = audit(data, args.per_device_train_batch_size, _global_batch(args))
     require_sound(report)
+    require_positions(recipe, config, report["lengths"].get("max", 0))
     _refuse_leaking_stream(recipe, args, data, report["epoch_rows"])
     require_disk(run_dir, choices.training, targets, _steps(args, report["epoch_rows"]))
     base = load_base(recipe, source, choices)
@@ -102,6 +104,11 @@ def train(recipe: Recipe, ready: Ready) -> None:
     trainer.stop, ready.stop.deferring = ready.stop, True
     try:
         _run(trainer, last)
+    except pickle.UnpicklingError as error:
+        raise RefusedError(
+            f"{last}: a file in it is a pickle of more than tensors and numbers, and may be an attack; nothing of it was run. "
+            "Delete that checkpoint, or start over with --fresh"
+        ) from error
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -232,6 +239,8 @@ def _run(trainer: RecipeTrainer, last: Path | None) -> None:
     """Train to the last step. A checkpoint of the last step is only loaded: the Trainer would add a step to it."""
     if last is not None:
         state = _state(last)
+        if trainer.args.max_steps > 0:  # it may have been changed since
+            state.max_steps = trainer.args.max_steps
         if state.global_step >= state.max_steps:
             trainer._load_from_checkpoint(str(last))
             trainer.state = state

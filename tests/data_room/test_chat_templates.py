@@ -426,6 +426,7 @@ def test_an_unknown_template_that_rewrites_an_answer_is_refused(content: str):
     assert "drops or rewrites its text" in bad.message
 
 
+@pytest.mark.promise("M5")
 def test_an_unknown_template_that_rewrites_the_turns_before_is_refused():
     """It takes the thinking out of earlier turns, and closes them in another way."""
     template = SMOLLM2.replace(
@@ -678,6 +679,7 @@ def test_without_a_template_literal_formats_have_one(form: str, template: str, r
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
 
 
+@pytest.mark.promise("M5")
 @pytest.mark.parametrize("form", ["messages", "sharegpt", "alpaca", "question_answer"])
 def test_without_a_template_chat_formats_need_one(form: str, recipe_on: Callable[..., Recipe]):
     with pytest.raises(RecipeError, match=r"this tokenizer has no chat template.*chat_template_path.*chatml.*llama3"):

@@ -128,6 +128,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "BLOCK", 128)
 
 
+@pytest.mark.promise("A7")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_is_merged_as_peft_merges_it(
     variant: str, base_of: Callable[[str], Path], tmp_path: Path, small_blocks: None
@@ -181,6 +182,7 @@ def test_blocks_are_what_is_merged_at_a_time(
     assert {0, 128, 256} <= set(rows)
 
 
+@pytest.mark.promise("A7")
 @pytest.mark.parametrize(
     "section",
     [NF4, {"load_in_4bit": True}, {"load_in_8bit": True}, NF4 | {"llm_int8_skip_modules": ["v_proj", "lm_head"]}],
@@ -245,6 +247,7 @@ def test_a_type_that_transformers_keeps_in_float32_stays_so(tmp_path: Path, base
     assert tensors_in(tmp_path / "ours")["model.norm.weight"].dtype == torch.float32
 
 
+@pytest.mark.promise("A7")
 @pytest.mark.parametrize("equal", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"], ids=["same type", "another type"])
 def test_a_checkpoint_that_holds_both_of_two_tied_tensors(equal: bool, dtype: str, tmp_path: Path):

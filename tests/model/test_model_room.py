@@ -64,6 +64,7 @@ def test_an_adapter_as_a_model_is_refused(write_recipe: Callable[..., Path], tin
         locate(load_recipe(write_recipe(model={"pretrained_model_name_or_path": "a"})))
 
 
+@pytest.mark.promise("F16")
 @pytest.mark.parametrize(
     ("named", "error", "said"),
     [

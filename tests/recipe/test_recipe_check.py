@@ -432,6 +432,7 @@ def test_a_problem_as_json_says_what_its_text_says(tmp_path: Path) -> None:
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # (rule, overrides that break it, overrides that do not, key that the finding names)
 RULE_CASES = [
+    ("_steps", ["training.max_steps=0"], ["training.max_steps=-1"], "training.max_steps"),
     ("_required", ["model=null"], [], "model.pretrained_model_name_or_path"),
     ("_required", ["model=null", "model.dtype=auto"], ["model.dtype=auto"], "model.pretrained_model_name_or_path"),
     ("_required", ["dataset=null"], ["dataset.path=org/data"], "dataset.path"),
@@ -793,6 +794,7 @@ RULE_CASES = [
 ]
 
 
+@pytest.mark.promise("R8")
 @pytest.mark.parametrize(("rule", "breaks", "holds", "key"), RULE_CASES)
 def test_a_rule_between_keys_holds(tmp_path: Path, rule: str, breaks: list[str], holds: list[str], key: str) -> None:
     error = refusal(tmp_path, "", *breaks)

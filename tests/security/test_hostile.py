@@ -38,6 +38,7 @@ def test_there_are_enough_of_them():
     assert len(NAMES) == len(set(NAMES)) >= 25
 
 
+@pytest.mark.promise("F18")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_hostile_file_is_refused_and_nothing_of_it_runs(found: dict[str, Any], folder: Path, name: str):
     assert found[name]["events"] == []

@@ -14,7 +14,7 @@ from lora_recipes.model.adapted import attach_adapter, check_adapter, require_ch
 from lora_recipes.model.build import load_base, load_tokenizer, model_config
 from lora_recipes.model.identity import base_of, require_base, write_provenance
 from lora_recipes.model.machine import choose
-from lora_recipes.model.sound import require_vocabulary
+from lora_recipes.model.sound import require_positions, require_vocabulary
 from lora_recipes.model.source import locate
 from lora_recipes.model.targets import find_targets
 from lora_recipes.recipe import load_recipe
@@ -61,6 +61,16 @@ def model(make: Callable[[Maker, str], Path], **sections: dict[str, Any]) -> Cal
     return lambda maker: loaded(maker.recipe("r", make(maker, "m"), **sections))
 
 
+def rows_of(longest: int, max_length: int = 2048) -> Callable[[Maker], Any]:
+    """Rows of up to so many tokens, for a model of 512 positions."""
+
+    def run(maker: Maker) -> None:
+        read = load_recipe(maker.recipe("r", training={"max_length": max_length}))
+        require_positions(read, model_config(read, locate(read)), longest)
+
+    return run
+
+
 def config(**values: Any) -> Callable[[Maker], Any]:
     return model(lambda maker, name: maker.model(name, values))
 
@@ -95,6 +105,10 @@ RECIPES = [
         EXIT_USER,
         "quantization",
     ),
+    ("R8", rows_of(513), EXIT_USER, "a row has 513 tokens with this `training.max_length`, and `model` has 512 pos"),
+    ("R8", rows_of(512), 0, ""),
+    ("R8", rows_of(9000, max_length=512), 0, ""),
+    ("R8", keys(training={"max_steps": 0}), EXIT_USER, "takes for no limit"),
     ("R9", keys(generation={"prompts": ["sk-" + "a" * 40]}), EXIT_REFUSED, "its value is not shown"),
     ("R9", keys(training={"hub_token": "anything"}), EXIT_REFUSED, "its value is not shown"),
     ("R10", named("a b"), EXIT_USER, "run folder"),
@@ -160,6 +174,7 @@ MODELS = [
     ("M2", config(num_hidden_layers=3), EXIT_REFUSED, "are in none of its files"),
     ("M8", config(model_type="bert"), EXIT_REFUSED, "are in none of its files"),
     ("M8", config(model_type="t5", architectures=["T5Model"]), EXIT_USER, "t5"),
+    ("M8", config(model_type="clip", architectures=["CLIPModel"]), EXIT_USER, "no causal language model"),
     ("M8", config(model_type="nobody_knows"), EXIT_USER, "nobody_knows"),
     ("M9", model(lambda maker, name: maker.adapter(name)), EXIT_REFUSED, "is an adapter, not a model"),
 ]
@@ -233,6 +248,7 @@ def test_a_bad_input_ends_with_its_code_and_says_what_is_wrong(
     assert (found, said in message) == (code, True), message
 
 
+@pytest.mark.promise("R3")
 def test_numbers_are_read_as_in_yaml_1_2(maker: Maker):
     """R3"""
     recipe = load_recipe(maker.text("r", maker.recipe("r").read_text().replace("0.01", "1e-4")))

@@ -38,6 +38,7 @@ def environment(folder: Path) -> dict[str, str]:
     return inherited | secrets | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
 
 
+@pytest.mark.promise("F19")
 def test_a_run_writes_and_says_no_secret_and_connects_to_nobody(
     write_recipe: Callable[..., Path], tiny_data: dict[str, str], workdir: Path
 ):

@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.chaos]
 KILLS = 30
 
 
+@pytest.mark.promise("F4")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
 @pytest.mark.parametrize("whom", ["launcher", "group", "rank"])
 @pytest.mark.parametrize("command", [ACCELERATE, TORCHRUN, VERB], ids=["accelerate", "torchrun", "verb"])
@@ -39,6 +40,7 @@ def test_any_signal_to_anybody(
     launched.require_stopped(143 if command is VERB else None)
 
 
+@pytest.mark.promise("F3")
 def test_a_run_that_is_killed_at_random_ends_as_the_run_that_was_not(write_recipe: Callable[..., Path], workdir: Path):
     """From the first import to the last step, saving every tenth; the same command each time."""
     keys: dict[str, Any] = {

@@ -1,6 +1,7 @@
 """Checkpoints on disk: whole or not there, found by their hashes, deleted only when two good ones stay."""
 
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -12,10 +13,11 @@ import pytest
 import torch
 
 from lora_recipes.errors import MachineError, RefusedError
-from lora_recipes.run_dir import RunDir, read_json
+from lora_recipes.run_dir import RunDir, read_json, write_json
 from lora_recipes.train import checkpoints, launch
 from lora_recipes.train.checkpoints import newest_whole, numbered, publish_checkpoint, retain, why_broken
 from tests.conftest import ROOT
+from tests.security.hostile import Evil
 from tests.train.runs import EVERY_STEP, cut_off, reseal
 
 FILES = {"trainer_state.json": "{}", "rng_state.pth": "random", "optimizer.pt": "moments", "scheduler.pt": "rate"}
@@ -73,6 +75,7 @@ def linked(file: Path) -> None:
     file.symlink_to(target)
 
 
+@pytest.mark.promise("F7", "C1")
 @pytest.mark.parametrize("fault", [absent, empty, half, flipped, swapped, linked], ids=lambda fault: fault.__name__)
 @pytest.mark.parametrize("name", [*FILES, "global_step/shard.pt", "manifest.json"])
 def test_a_fault_in_any_file_is_found_named_and_passed_over(tmp_path: Path, name: str, fault: Callable[[Path], None]):
@@ -93,6 +96,7 @@ def test_what_was_put_into_a_checkpoint_later_is_found(tmp_path: Path):
     assert "pytorch_model.bin was put there later" in str(why_broken(checkpoint, "mine"))
 
 
+@pytest.mark.promise("C1")
 def test_a_checkpoint_of_another_run_is_passed_over(tmp_path: Path):
     saved(tmp_path, 1)
     saved(tmp_path, 2, RUN | {"run": "theirs"})
@@ -100,6 +104,7 @@ def test_a_checkpoint_of_another_run_is_passed_over(tmp_path: Path):
     assert newest(tmp_path, said) == tmp_path / "checkpoint-1" and "another run (theirs" in said[0]
 
 
+@pytest.mark.promise("C1")
 def test_a_run_without_any_whole_checkpoint_is_refused_and_one_without_any_begins(tmp_path: Path):
     assert newest(tmp_path) is None
     absent(saved(tmp_path, 1) / "optimizer.pt")
@@ -141,6 +146,7 @@ for count in range(1, 1000):
 """
 
 
+@pytest.mark.promise("F2", "F5")
 @pytest.mark.parametrize("again", [False, True], ids=["new", "over a broken one"])
 def test_a_kill_at_any_file_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path, again: bool):
     """A process that really dies at each file it opens, changes, renames or deletes, in publishing and in deleting."""
@@ -160,6 +166,7 @@ def test_a_kill_at_any_file_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path, 
     assert lines[-1] == ["False", "checkpoint-4", "checkpoint-3", "checkpoint-4"]
 
 
+@pytest.mark.promise("F8")
 def test_every_byte_is_synced_before_the_manifest_names_it_and_before_the_name_appears(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -186,6 +193,7 @@ def test_all_ranks_must_have_written_here(tmp_path: Path):
     assert refused.value.exit_code == 3 and steps(tmp_path) == []
 
 
+@pytest.mark.promise("F11")
 @pytest.mark.parametrize(
     ("limit", "best", "kept"),
     [(None, None, [5, 4, 3, 2, 1]), (3, None, [5, 4, 3]), (2, None, [5, 4]), (1, None, [5, 4]), (1, 2, [5, 2]), (3, 1, [5, 4, 1])],
@@ -199,6 +207,7 @@ def test_the_newest_and_the_best_stay_and_never_fewer_than_two(
     assert steps(tmp_path) == kept and not list(tmp_path.glob(".checkpoint*"))
 
 
+@pytest.mark.promise("F11")
 def test_only_whole_checkpoints_of_this_run_are_counted_and_deleted(tmp_path: Path):
     for step, manifest in ((1, RUN), (2, RUN), (3, RUN), (900, RUN | {"run": "theirs"})):
         saved(tmp_path, step, manifest)
@@ -262,6 +271,7 @@ def test_the_best_checkpoint_stays_is_named_where_it_lies_and_is_what_is_publish
     assert published.read_bytes() == first.read_bytes()
 
 
+@pytest.mark.promise("F6")
 def test_a_full_disk_in_a_save_leaves_the_older_checkpoint_and_the_same_command_goes_on(
     write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
@@ -293,3 +303,64 @@ def test_a_manifest_that_lies_about_weights_that_are_not_finite_does_not_help(wr
     reseal(weights.parent)
     assert launch(str(path), []) == 4
     assert not run_dir.adapter.exists()
+
+
+@pytest.mark.promise("C3")
+@pytest.mark.parametrize("name", FILES)
+def test_a_checkpoint_that_was_never_whole_is_passed_over_by_name(tmp_path: Path, name: str):
+    """Its manifest names all that is there: transformers would begin anew with what is not."""
+    first, second = saved(tmp_path, 1), saved(tmp_path, 2)
+    (second / name).unlink()
+    shutil.rmtree(second / "global_step")
+    manifest = read_json(second / "manifest.json")
+    manifest["files"] = {file: known for file, known in manifest["files"].items() if file in FILES and file != name}
+    write_json(second / "manifest.json", manifest)
+    said: list[str] = []
+    assert newest(tmp_path, said) == first and "was never in it" in said[0]
+
+
+@pytest.mark.promise("C4")
+def test_what_somebody_else_could_have_written_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    first, second = saved(tmp_path, 1), saved(tmp_path, 2)
+    assert newest(tmp_path) == second
+    second.chmod(0o777)
+    said: list[str] = []
+    assert newest(tmp_path, said) == first and "anybody may write" in said[0]
+    tmp_path.chmod(0o777)  # a mount where everything is so
+    assert newest(tmp_path) == second
+    tmp_path.chmod(0o755)
+    second.chmod(0o755)
+    if os.geteuid() == 0:
+        os.chown(second / "optimizer.pt", 12345, -1)
+        assert newest(tmp_path, said) == first and "optimizer.pt belongs to another user (uid 12345)" in said[1]
+        os.chown(second / "optimizer.pt", 0, -1)
+    shutil.move(second, tmp_path / "elsewhere")
+    second.symlink_to(tmp_path / "elsewhere")
+    assert newest(tmp_path, said) == first and "is a link" in said[-1]
+
+
+@pytest.mark.promise("C4")
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_pickle_of_code_in_a_checkpoint_is_refused_and_not_run(
+    name: str, write_recipe: Callable[..., Path], workdir: Path, capsys: pytest.CaptureFixture
+):
+    path = write_recipe(training=EVERY_STEP)
+    assert launch(str(path), []) == 0
+    run_dir = RunDir.of("tiny")
+    cut_off(run_dir, after=2)
+    checkpoint = run_dir.checkpoints / "checkpoint-2"
+    (checkpoint / name).write_bytes(pickle.dumps(Evil(str(workdir / "canary"))))
+    reseal(checkpoint)
+    assert launch(str(path), []) == 4
+    assert "may be an attack; nothing of it was run" in " ".join(capsys.readouterr().err.split())
+    assert not (workdir / "canary").exists()
+
+
+@pytest.mark.promise("C5")
+def test_a_last_step_that_was_brought_forward_is_not_passed_by_one(write_recipe: Callable[..., Path]):
+    path = write_recipe(training=EVERY_STEP)
+    assert launch(str(path), []) == 0
+    run_dir = RunDir.of("tiny")
+    cut_off(run_dir, after=2)
+    assert launch(str(path), ["training.max_steps=2"], accepted=("training.max_steps",)) == 0
+    assert read_json(run_dir.status)["step"] == 2 and numbered(run_dir.checkpoints)[0][0] == 2

@@ -45,6 +45,7 @@ def nan_at_poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RecipeTrainer, "compute_loss", compute_loss)
 
 
+@pytest.mark.promise("F9")
 @pytest.mark.parametrize(
     "training",
     [
@@ -86,6 +87,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_its_step_and_names_the_ro
     assert not [row for row in read_jsonl(run_dir.metrics) if "nan" in str(row).lower()]
 
 
+@pytest.mark.promise("F9")
 def test_a_gradient_that_is_not_finite_ends_the_run_though_the_loss_is(
     write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
@@ -104,6 +106,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_though_the_loss_is(
     assert not RunDir.of("tiny").adapter.exists()
 
 
+@pytest.mark.promise("F9")
 @pytest.mark.parametrize("saving", ["no", "steps"])
 def test_weights_that_are_not_finite_are_neither_saved_nor_published(
     write_recipe: Callable[..., Path], saving: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -124,6 +127,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_published(
     assert not run_dir.merged.exists() and not list(run_dir.checkpoints.glob("checkpoint-*"))
 
 
+@pytest.mark.promise("F9")
 def test_an_evaluation_that_is_not_finite_ends_the_run(
     write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
@@ -134,6 +138,7 @@ def test_an_evaluation_that_is_not_finite_ends_the_run(
     assert not list(RunDir.of("tiny").checkpoints.glob("checkpoint-*"))
 
 
+@pytest.mark.promise("F9")
 def test_fp16_may_skip_steps_but_not_for_ever(write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
     """No GPU is here: a scaler that is only there, and gradients that overflow."""
     made = make_trainer(write_recipe())

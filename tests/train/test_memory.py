@@ -61,6 +61,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_recipes.train.memory.target_for", lambda recipe: target_of("24GiB", None, None))
 
 
+@pytest.mark.promise("F10")
 def test_what_does_not_fit_fails_before_the_first_step_with_one_message(
     as_on_a_gpu: None,
     write_recipe: Callable[..., Path],
@@ -123,6 +124,7 @@ def test_on_a_cpu_the_first_step_tells_whether_a_probe_is_needed(
     assert (shapes[1][1] > 2 * shapes[0][1]) == bool(probed)
 
 
+@pytest.mark.promise("F10")
 def test_on_a_cpu_what_does_not_fit_fails_before_the_second_step(
     write_recipe: Callable[..., Path],
     late_long_row: dict,
@@ -156,6 +158,7 @@ def test_what_surely_fits(
     assert probe.fits(batch, trained) == surely
 
 
+@pytest.mark.promise("F10")
 @pytest.mark.parametrize("from_step", [0, 3], ids=["at the first step", "after a checkpoint"])
 def test_fit_halves_the_micro_batch_and_keeps_the_rows_of_a_step(
     as_on_a_gpu: None, write_recipe: Callable[..., Path], limit: Callable, from_step: int, capsys: pytest.CaptureFixture

@@ -63,6 +63,7 @@ WHERE: dict[str, tuple[Any, str, int, int]] = {
 }
 
 
+@pytest.mark.promise("F1", "F4")
 def test_a_run_that_was_stopped_anywhere_goes_on_to_what_it_would_have_been(
     write_recipe: Callable[..., Path], signal_in: Callable[..., None], capsys: pytest.CaptureFixture
 ):
@@ -87,6 +88,7 @@ def test_a_run_that_was_stopped_anywhere_goes_on_to_what_it_would_have_been(
         assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+@pytest.mark.promise("F4")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2], ids=lambda number: number.name)
 def test_each_signal_that_a_scheduler_sends_stops_and_saves_a_run_that_would_never_save(
     number: signal.Signals, write_recipe: Callable[..., Path], signal_in: Callable[..., None]
@@ -99,6 +101,7 @@ def test_each_signal_that_a_scheduler_sends_stops_and_saves_a_run_that_would_nev
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.promise("F4")
 def test_a_signal_while_rows_are_read_ends_the_run_before_it_begins(
     write_recipe: Callable[..., Path], signal_in: Callable[..., None]
 ):
@@ -117,6 +120,7 @@ def test_a_signal_while_the_adapter_is_published_comes_too_late_to_matter(
     assert read_json(RunDir.of("tiny").status)["state"] == "complete"
 
 
+@pytest.mark.promise("F4")
 def test_an_echo_of_a_signal_changes_nothing_and_a_second_one_ends_at_once(monkeypatch: pytest.MonkeyPatch):
     stop, ended, clock = Stop(), [], [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
@@ -137,6 +141,7 @@ def test_no_library_can_take_a_stop_for_a_failure():
     assert not issubclass(Preempted, Exception)
 
 
+@pytest.mark.promise("F4")
 def test_a_signal_to_accelerate_launch_stops_the_trainer_that_it_leaves_behind(
     write_recipe: Callable[..., Path], workdir: Path
 ):
@@ -145,6 +150,7 @@ def test_a_signal_to_accelerate_launch_stops_the_trainer_that_it_leaves_behind(
     launched.require_stopped(None)
 
 
+@pytest.mark.promise("F4")
 def test_a_signal_to_the_whole_group_of_the_train_verb_with_data_workers_ends_with_143(
     write_recipe: Callable[..., Path], workdir: Path
 ):
@@ -153,6 +159,7 @@ def test_a_signal_to_the_whole_group_of_the_train_verb_with_data_workers_ends_wi
     launched.require_stopped(143)
 
 
+@pytest.mark.promise("F1", "F4")
 def test_a_signal_to_one_rank_stops_both_at_one_step_and_the_same_command_goes_on_to_the_same_run(
     write_recipe: Callable[..., Path], workdir: Path
 ):

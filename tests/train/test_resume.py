@@ -30,6 +30,7 @@ SETUPS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.promise("F1")
 @pytest.mark.parametrize("name", SETUPS)
 def test_a_run_that_was_cut_off_becomes_the_run_that_was_not(name: str, write_recipe: Callable[..., Path]):
     """Weights, optimizer, schedule, random state and losses, to the last bit."""
@@ -102,6 +103,7 @@ def cut(write_recipe: Callable[..., Path]) -> Path:
     return path
 
 
+@pytest.mark.promise("F13", "C2")
 def test_another_setting_is_refused_with_the_difference_and_may_be_accepted_where_weights_still_fit(
     cut: Path, capsys: pytest.CaptureFixture
 ):
@@ -136,6 +138,7 @@ RECORDED = {
 }
 
 
+@pytest.mark.promise("F13", "C2")
 @pytest.mark.parametrize("name", RECORDED)
 def test_another_machine_template_or_base_is_refused(name: str, cut: Path, capsys: pytest.CaptureFixture):
     change, said, code = RECORDED[name]
@@ -167,6 +170,7 @@ def test_a_half_written_line_of_metrics_does_not_stop_a_run(cut: Path):
     assert [line["step"] for line in read_jsonl(run_dir.metrics) if "loss" in line] == [1, 2, 3]
 
 
+@pytest.mark.promise("F12", "C5")
 def test_a_complete_run_says_so_and_is_left_alone(write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture):
     path = write_recipe()
     assert launch(str(path), []) == 0

@@ -14,6 +14,7 @@ from lora_recipes.train import launch, session
 Usage = namedtuple("Usage", "total used free")
 
 
+@pytest.mark.promise("F6")
 @pytest.mark.parametrize(
     ("training", "steps", "kept"),
     [
@@ -30,6 +31,7 @@ def test_checkpoints_are_counted_as_they_are_kept(training: dict, steps: int | N
     assert checkpoints_kept(training, steps) == kept
 
 
+@pytest.mark.promise("F6")
 def test_a_full_disk_is_refused_before_weights_are_loaded(
     write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):

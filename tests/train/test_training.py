@@ -246,6 +246,7 @@ def test_a_stream_with_accumulation_makes_one_pass_at_most(
     assert "training.max_steps=3" in capsys.readouterr().err
 
 
+@pytest.mark.promise("F12", "C5")
 def test_a_last_step_that_was_saved_is_published_without_training_more(write_recipe: Callable[..., Path]):
     path = write_recipe(training={"save_strategy": "steps", "save_steps": 3})
     assert launch(str(path), []) == 0
@@ -257,6 +258,7 @@ def test_a_last_step_that_was_saved_is_published_without_training_more(write_rec
     assert read_json(run_dir.status)["step"] == 3
 
 
+@pytest.mark.promise("F13", "C2")
 @pytest.mark.parametrize("word", ["training.seed=7", "lora.r=2", "training.max_steps=9", "dataset.split=train[:8]"])
 def test_resuming_with_other_settings_is_refused_with_the_difference(
     write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture, word: str
@@ -273,6 +275,7 @@ def test_resuming_with_other_settings_is_refused_with_the_difference(
     assert RunDir.of("tiny").recipe.read_text() == kept
 
 
+@pytest.mark.promise("F13")
 def test_resuming_on_changed_data_is_refused(write_recipe: Callable[..., Path], tiny_data: dict, workdir: Path):
     shutil.copy(tiny_data["train"], workdir / "mine.jsonl")
     dataset = {"data_files": {"train": "mine.jsonl"}, "eval_split": None}
@@ -326,6 +329,7 @@ def test_an_audit_of_a_trained_run_leaves_its_evidence(write_recipe: Callable[..
     assert RunDir.of("tiny").audit.read_text() == kept and read_json(RunDir.of("tiny").audit)["rows"] == 24
 
 
+@pytest.mark.promise("C3")
 def test_a_checkpoint_without_optimizer_or_with_nan_is_not_resumed(
     write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture
 ):
@@ -348,6 +352,7 @@ def test_a_checkpoint_without_optimizer_or_with_nan_is_not_resumed(
     assert (run_dir.adapter / "adapter_model.safetensors").read_bytes() == expected
 
 
+@pytest.mark.promise("F14", "R11")
 def test_two_runs_in_one_folder_are_refused_and_the_first_is_left_alone(
     write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture
 ):
@@ -388,6 +393,7 @@ def test_a_run_whose_loss_is_nan_stops_and_publishes_nothing(
     assert "diverged" in capsys.readouterr().err
 
 
+@pytest.mark.promise("R11")
 def test_a_read_only_output_folder_is_refused_before_training(write_recipe: Callable[..., Path], workdir: Path):
     path = write_recipe()
     (workdir / "outputs").write_text("a file where the folder should be")
