@@ -8,8 +8,8 @@ import pytest
 
 from tests import promises
 
-NO_TEST = {"D30", "F15", "F20"}  # yet
-LONG = {"F3"}  # only `make promises CHAOS=1` runs it
+NO_TEST = {"F20"}  # benchmarks/reliability.py measures it
+LONG = {"F3", "F15"}  # only `make promises CHAOS=1` runs it
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import numpy
 
 from lora_recipes.data.files import Source
 from lora_recipes.data.load import LoadedData, SourceRows, UsedRows
-from lora_recipes.data.prepare import DOUBLE_BOS, ODD_FLAGS, THINKING_LEFT_OUT, rejected_rows
+from lora_recipes.data.prepare import DOUBLE_BOS, ODD_FLAGS, SECRET, THINKING_LEFT_OUT, rejected_rows
 from lora_recipes.data.problems import KINDS, SHOWN, said
 from lora_recipes.data.select import duplicates, shuffled
 from lora_recipes.errors import DataError
@@ -23,7 +23,7 @@ WORST = 5  # rows named for each reason
 SUMMED = (
     *("rows", "train_rows", "heldout_rows", "bad_rows", "heldout_bad_rows", "tokens", "trained_tokens", "epoch_rows"),
     *("epoch_tokens", "rows_truncated", "answers_truncated", "tokens_truncated", "rows_without_loss"),
-    *("rows_without_end", "unknown_roles", "double_bos", "thinking_left_out", "duplicates", "overlap"),
+    *("rows_without_end", "unknown_roles", "double_bos", "thinking_left_out", "secrets", "duplicates", "overlap"),
 )
 COUNTED = ("bad_row_kinds", "odd_characters")
 BINS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # tokens, upper ends
@@ -144,6 +144,7 @@ class _Seen:
             "rows_without_end": prepared.counts["end_token"],
             "unknown_roles": prepared.counts["unknown_role"],
             "double_bos": _flagged(part, DOUBLE_BOS),
+            "secrets": _flagged(part, SECRET),
             "thinking_left_out": _flagged(part, THINKING_LEFT_OUT),
             "odd_characters": {kind: count for kind, flag in ODD_FLAGS.items() if (count := _flagged(part, flag))},
             "duplicates": int(self.repeats.sum()),
@@ -242,6 +243,7 @@ def _worst(one: _Seen, limit: int | None) -> list[Report]:
         (part, _first(part.too_long[~numpy.isin(part.too_long, part.cut_empty)], -stats["length"]), _long(part, limit)),
         (part, part.indices[one.repeats], "repeats an earlier row"),
         (part, part.indices[(flags & DOUBLE_BOS) != 0], "begins with two BOS tokens"),
+        (part, part.indices[(flags & SECRET) != 0], "holds what looks like a secret"),
         (part, part.indices[(flags & odd) != 0], "holds odd characters"),
         (part, part.indices[(flags & THINKING_LEFT_OUT) != 0], "its thinking is left out"),
         (part, _first(part.indices, stats["trained"]), "among the fewest trained tokens"),
@@ -378,6 +380,12 @@ def _warnings(data: LoadedData, report: Report, global_batch: int) -> Iterator[F
         yield _finding(
             "thinking_left_out",
             f"{report['thinking_left_out']:,} rows have thinking that the chat template leaves out: it is not learnt",
+        )
+    if report["secrets"]:
+        yield _finding(
+            "secrets",
+            f"{report['secrets']:,} rows hold what looks like a key, a token or a password: a model repeats what it has learnt. "
+            "lora-recipes audit names them",
         )
     for kind, count in report["odd_characters"].items():
         yield _finding("odd_characters", f"{count:,} rows hold {kind.replace('_', ' ')} characters")

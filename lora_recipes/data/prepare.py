@@ -35,6 +35,7 @@ from lora_recipes.data.scan import scan
 from lora_recipes.data.select import rows_in_slice
 from lora_recipes.errors import DataError
 from lora_recipes.limits import watched
+from lora_recipes.redact import SECRETS, find_secret
 from lora_recipes.run_dir import Locked, cache_folder, published, read_json, require_room, write_json
 
 INT_LIST = pyarrow.list_(pyarrow.int32())
@@ -50,11 +51,12 @@ STATS = {
     "first": numpy.int32,
     "last": numpy.int32,
     "hash": numpy.uint64,
-    "flags": numpy.uint8,
+    "flags": numpy.uint16,
 }
-# Bits of `flags`: these two, and one for each kind of odd character.
+# Bits of `flags`: these two, one for each kind of odd character, and one for what looks like a secret.
 DOUBLE_BOS, THINKING_LEFT_OUT = 1, 2
 ODD_FLAGS = {kind: 4 << place for place, kind in enumerate(ODD)}
+SECRET = 4 << len(ODD)
 DISK_FACTOR = 3  # bytes of tokens a byte of JSON text, at most: 8 bytes a token, a token seldom below 3 characters
 
 
@@ -158,7 +160,9 @@ class Tokenizing:
         flags = DOUBLE_BOS if bos is not None and list(tokens.input_ids[:2]) == [bos, bos] else 0
         if isinstance(ready, Rendered):
             flags |= THINKING_LEFT_OUT if ready.thinking_left_out else 0
-            flags |= sum(ODD_FLAGS[kind] for kind in odd_characters(LITERALS.sub("", ready.text)))
+            text = LITERALS.sub("", ready.text)
+            flags |= sum(ODD_FLAGS[kind] for kind in odd_characters(text))
+            flags |= SECRET if find_secret(text) else 0
         return flags
 
 
@@ -378,6 +382,7 @@ def _key(source: Source, split: str, settings: RowSettings, masker: Masker) -> s
         "marked": masker.marked,
         "special": masker.special,
         "end_ids": sorted(masker.end_ids),
+        "secrets": list(SECRETS),  # that `flags` tell of
         "tokenizer": hashlib.sha256(backend.encode()).hexdigest(),
         "versions": [version(name) for name in ("transformers", "tokenizers")],
     }

@@ -678,6 +678,19 @@ def test_d22_odd_characters_are_counted_by_kind_and_warned_about(
     assert "2 rows hold bidirectional characters" in seen.warnings
 
 
+def test_d30_rows_with_secrets_are_counted_and_named_and_their_text_is_not_repeated(
+    recipe_on: Callable[..., Recipe], audit: Callable[..., Seen]
+):
+    key, password = "hf_" + "a1B2" * 8, "letmein"
+    texts = ["fine", f"use {key}", f"postgres://me:{password}@db.example/x", "hf_short and sk-ip are none"]
+    seen = audit(recipe_on([chat(ASKED, {"role": "assistant", "content": text}) for text in texts]))
+    assert seen.code == 0 and seen.report["secrets"] == 2
+    assert "2 rows hold what looks like a key" in seen.warnings
+    named = {worst["place"] for worst in seen.report["worst"] if "secret" in worst["why"]}
+    assert named == {"rows.jsonl:2", "rows.jsonl:3"}
+    assert key not in json.dumps(seen.report) and password not in json.dumps(seen.report)
+
+
 def rows_saying(*texts: str) -> list[dict[str, Any]]:
     return [chat(ASKED, {"role": "assistant", "content": text}) for text in texts]
 

@@ -79,6 +79,7 @@ def test_a_run_that_is_killed_at_random_ends_as_the_run_that_was_not(write_recip
     assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.promise("F9", "F15")
 def test_a_loss_that_is_not_finite_on_one_rank_ends_both_with_the_rows_of_that_rank(
     write_recipe: Callable[..., Path], workdir: Path
 ):

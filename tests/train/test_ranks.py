@@ -125,6 +125,7 @@ def launch_two(by: str, write_recipe: Callable[..., Path], workdir: Path) -> Lau
 
 @pytest.mark.slow
 @pytest.mark.chaos
+@pytest.mark.promise("F15")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
 @pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.parametrize("by", ["torchrun", "verb"])
