@@ -37,7 +37,7 @@ def test_the_demo_learns_its_task_and_merges_into_the_same_answers(name: str, tm
     assert scores["adapter"]["exact_match"] >= exact
     assert scores["adapter"]["field_match"] >= fields
     assert scores["adapter"]["stopped_by_eos"] == scores["merged"]["stopped_by_eos"] == 1.0
-    assert parity["passed"] and answers["merged_equals_adapter"] == 1.0
+    assert parity["passed"] and answers["merged_equals_adapter"] >= (0.99 if name.endswith("qlora") else 1.0)
     evaluation = verb("evaluate", recipe)
     assert (
         evaluation["improved"] and evaluation["forgetting"]["kl"] > 0.3

@@ -310,9 +310,16 @@ def _proved(
     difference, allowed = found["behaviour"]["adapter"], TOLERANCES[job.dtype]
     assert learnt is not None
     report |= difference | {"mean_kl_of_the_adapter": learnt, "tolerance": vars(allowed), "proof": "behaviour"}
+    report["answers_in_common"] = min(allowed.greedy_agreement, TOLERANCES[_computes_in(job)].greedy_agreement)
     if trained := found["behaviour"].get("trained"):
         report["against_trained"] = trained
     return report | {"passed": parity.within(difference, learnt, allowed)}
+
+
+def _computes_in(job: _Job) -> torch.dtype:
+    """The type in which the adapter answers where it was trained: a 4-bit base may compute in another than the merged one."""
+    named = job.choices.quantization.get("bnb_4bit_compute_dtype")
+    return getattr(torch, named) if named else job.dtype
 
 
 def _show(report: dict[str, Any], run_dir: RunDir) -> None:
