@@ -9,7 +9,7 @@ CONFIG ?=
 VERBS := check show plan audit preview generate chat evaluate merge export push status reproduce
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test proofs chaos promises lint bench bench-regress bench-data bench-memory bench-merge bench-hot-swap bench-forgetting bench-latency table schema data train new $(VERBS)
+.PHONY: help install install-dev demo test proofs chaos promises lint bench bench-regress bench-data bench-memory bench-merge bench-hot-swap bench-forgetting bench-latency bench-reliability table schema data train new $(VERBS)
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z$$][a-zA-Z$$()_-]*:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ bench-hot-swap: install  ## 50 swaps among three adapters; BENCH=--tiny for a qu
 
 bench-latency: install  ## CPU seconds of a command and of a launch up to its first step; BENCH="--runs 1 --no-trl" for a quick look
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/latency.py $(BENCH)
+
+bench-reliability: install-dev  ## what guards, hashed checkpoints and the record of a run cost the demo, in pairs (about 10 minutes)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.reliability $(BENCH)
 
 bench-forgetting: install  ## what a gentle, a mixed and a brutal training of the demo forget (about 30 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/forgetting.py
