@@ -29,6 +29,7 @@ from lora_recipes import console
 from lora_recipes.errors import LoraRecipesError, RecipeError, RefusedError, machine_fault
 from lora_recipes.model.files import require_safe_weights
 from lora_recipes.model.folder import require_intact
+from lora_recipes.model.kinds import no_causal_model, require_causal
 from lora_recipes.model.machine import Choices
 from lora_recipes.model.precision import let_go_of_file
 from lora_recipes.model.safe import require_safe_config, require_safe_folder
@@ -141,8 +142,7 @@ def meta_model(config: PreTrainedConfig, recipe: Recipe, dtype: torch.dtype | No
     Args:
         dtype: type of its parameters; unset: the config's.
     """
-    if config.is_encoder_decoder or not hasattr(config, "get_text_config"):
-        raise _no_causal_model(recipe, config)
+    require_causal(recipe, config)
     try:
         with torch.device("meta"):
             keywords: dict[str, Any] = {"trust_remote_code": bool(recipe.get("model.trust_remote_code"))}
@@ -152,12 +152,7 @@ def meta_model(config: PreTrainedConfig, recipe: Recipe, dtype: torch.dtype | No
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
-        raise _no_causal_model(recipe, config) from None
-
-
-def _no_causal_model(recipe: Recipe, config: PreTrainedConfig) -> RecipeError:
-    where = recipe.where("model.pretrained_model_name_or_path")
-    return RecipeError(f"{where}: {config.model_type} is no causal language model, which recipes fine-tune")
+        raise no_causal_model(recipe, config) from None
 
 
 def _hub_keywords(recipe: Recipe) -> dict[str, Any]:

@@ -15,13 +15,12 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lora_recipes.errors import MachineError
-from lora_recipes.model import build
 from lora_recipes.model.build import adapted_on_meta, meta_model, model_config
+from lora_recipes.model.kinds import CONFIGS
 from lora_recipes.model.source import Source, locate, materialise
 from lora_recipes.recipe import Recipe
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-CONFIGS = Path(build.__file__).parent / "configs"
 
 
 def facts_file(named: str) -> Path:
