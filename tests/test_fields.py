@@ -25,7 +25,7 @@ from lora_recipes.recipe.check import section_keys
 from lora_recipes.run_dir import RunDir
 from lora_recipes.score import summary
 from lora_recipes.train.optimizers import OPTIMIZER_KEYS
-from lora_recipes.train.trainer import CONSUMED, training_arguments
+from lora_recipes.train.trainer import COMPILE_KEYS, CONSUMED, training_arguments
 
 
 def another_value(schema: dict[str, Any], default: Any) -> Any:
@@ -118,6 +118,8 @@ TRAINING_COMPANIONS: dict[str, dict[str, Any]] = {
     "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
     "load_best_model_at_end": {"eval_strategy": "epoch", "save_strategy": "epoch"},
     "bf16": {"use_cpu": True},
+    # On a CPU each layer is compiled instead: tests/train/test_steps.py.
+    **{key: {"use_cpu": False} for key in COMPILE_KEYS},
 }
 # SFTConfig itself refuses these where there is no GPU, or no process group.
 NOT_BUILT_HERE = ("tf32", "fp16", "fp16_full_eval", "bf16_full_eval", "ddp_backend")
@@ -127,9 +129,12 @@ NOT_SFT = (*CONSUMED, *OPTIMIZER_KEYS, *NOT_BUILT_HERE)
 
 
 @pytest.mark.parametrize("key", [key for key in section_keys("training") if key not in NOT_SFT])
-def test_training_key_reaches_the_sft_config(key: str, workdir: Path):
+def test_training_key_reaches_the_sft_config(key: str, workdir: Path, monkeypatch: pytest.MonkeyPatch):
     from trl import SFTConfig
 
+    for name in ("BACKEND", "MODE"):  # where SFTConfig tells accelerate what to compile: gone after this test
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "")
+        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
     field = {field.name: field for field in dataclasses.fields(SFTConfig)}[key]
     default = field.default if field.default is not dataclasses.MISSING else None
     value = TRAINING_VALUES.get(key, another_value(section_keys("training")[key], default))
