@@ -52,4 +52,4 @@ def _merged_answers(recipe: Recipe, parity: dict[str, Any], answers: dict[str, A
         # There is no adapter beside it; or it was merged into the original weights, where a model answers like the 4-bit one
         # only nearly. Its own answers were held against `checks` all the same.
         return True
-    return share >= parity.get("answers_in_common", 1.0)
+    return share >= parity.get("answers_in_common", parity.get("tolerance", {}).get("greedy_agreement", 1.0))

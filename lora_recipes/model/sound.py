@@ -33,22 +33,31 @@ def require_whole(model: PreTrainedModel, loading: dict[str, Any], named: str) -
 
 
 def _finite(parameter: torch.Tensor) -> bool:
-    """A sum has NaN or infinity where a value has, and takes no memory."""
     if type(parameter.data) is not torch.Tensor or parameter.is_meta or not parameter.is_floating_point():
         return True  # sharded, elsewhere, or quantized
-    if bool(parameter.data.sum(dtype=torch.float32).isfinite()):
-        return True
-    return bool(torch.isfinite(parameter.data).all())  # the sum itself may overflow
+    return bool(finite(parameter.data))
 
 
-def require_positions(recipe: Recipe, config: PreTrainedConfig, longest: int) -> None:
+def finite(values: torch.Tensor) -> torch.Tensor:
+    """Whether all values are finite, where they lie: their largest and smallest tell, and take no memory."""
+    if values.numel() == 0:
+        return torch.ones((), dtype=torch.bool, device=values.device)
+    least, most = torch.aminmax(values.detach())
+    return least.isfinite() & most.isfinite()
+
+
+def require_positions(recipe: Recipe, config: PreTrainedConfig, longest: int, limit: int | None) -> None:
     """Raises RecipeError where a row is longer than the model has positions for.
 
     Args:
-        longest: tokens of the longest row, before it is cut at `training.max_length`.
+        longest: tokens of the longest row, before it is cut.
+        limit: tokens that rows are cut at.
     """
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    length = min(longest, recipe.get("training.max_length") or longest)
+    text = config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None)
+    scaled = (getattr(text, "rope_parameters", None) or {}).get("factor") if most else None
+    most = int(most * max(1.0, scaled)) if most and isinstance(scaled, int | float) else most
+    length = longest if limit is None else min(longest, limit)
     if most and length > most:
         raise RecipeError(
             f"{recipe.where('training.max_length')}: a row has {length} tokens with this `training.max_length`, and `model` has "

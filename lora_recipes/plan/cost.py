@@ -180,7 +180,7 @@ def checkpoints_kept(training: Mapping[str, Any], steps: int | None) -> int:
     if training.get("save_strategy", "steps") == "no":
         return 0
     if training.get("save_strategy", "steps") == "epoch":
-        kept = int(training.get("num_train_epochs", 3.0))
+        kept = max(1, math.ceil(training.get("num_train_epochs", 3.0)))
     else:
         every = training.get("save_steps", CHECKPOINTS)
         kept = 1 if steps is None else max(1, int(1 / every) if every < 1 else -(-steps // int(every)))

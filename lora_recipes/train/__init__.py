@@ -157,7 +157,7 @@ def _launch(
         if not isinstance(error, LoraRecipesError) and (told := _told_by_another_rank(recipe, ready, before)):
             return _preempted(recipe, None, told)
         known = error if isinstance(error, LoraRecipesError) else machine_fault(error) or _rank_lost(error)
-        if isinstance(known, RankLost) and (first := _failed_before(recipe, ready)):
+        if isinstance(known, RankLost) and (first := _failed_before(recipe, ready, before)):
             return _ended(first["exit_code"], first["reason"], left_alone=True)
         if known is None:
             _record_failure(recipe, ready, EXIT_BUG, repr(error))
@@ -228,9 +228,13 @@ def _rank_lost(error: BaseException) -> RankLost | None:
     return lost_contact(error)
 
 
-def _failed_before(recipe: Recipe | None, ready: "Ready | None") -> dict[str, Any] | None:
-    """What a rank wrote down before it ended, which left the others alone: that is the cause, not that they are."""
-    if recipe is None or ready is None or not ready.opened:
+def _failed_before(recipe: Recipe | None, ready: "Ready | None", before: int) -> dict[str, Any] | None:
+    """What a rank wrote down before it ended, which left the others alone: that is the cause, not that they are.
+
+    Args:
+        before: when status.json was written last before this launch.
+    """
+    if recipe is None or ready is None or not ready.opened or _written_at(recipe) == before:
         return None
     status = read_json(RunDir.of(recipe.name).status)
     return status if status.get("state") in ("failed", "preempted") else None

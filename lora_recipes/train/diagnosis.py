@@ -14,6 +14,7 @@ from lora_recipes.run_dir import RunDir, read_jsonl
 from lora_recipes.train.record import write_status
 
 FEWEST = 8  # logged losses that say something
+BEGINNING = 3  # losses; one alone may be that of an easy batch
 FALLEN = 0.97  # of what it was: a loss above this at the end has not fallen
 LEARNT = 0.1  # nats a token; a loss that begins below has little to fall
 RISEN = 1.2
@@ -63,7 +64,7 @@ def diagnose(logged: Sequence[dict[str, Any]], facts: Facts) -> dict[str, Any] |
     losses = [float(line["loss"]) for line in logged]
     quarter = len(losses) // 4
     first, last = median(losses[:quarter]), median(losses[-quarter:])
-    begun = min(first, losses[0])
+    begun = min(first, median(losses[:BEGINNING]))
     if last > RISEN * begun and last - begun > JUMP_BY:
         told = f"the loss has risen from {begun:.3g} to {last:.3g}"
         return _found("rising", int(logged[-1]["step"]), told, _too_much(logged, facts))

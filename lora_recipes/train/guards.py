@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch.distributed.tensor import DTensor
 
 from lora_recipes.errors import RefusedError
 from lora_recipes.model.pieces import rows_of
+from lora_recipes.model.sound import finite
 from lora_recipes.train.saving import SavingTrainer
 
 MOST_NAMED = 8  # rows that a message names
@@ -43,13 +44,12 @@ class GuardedTrainer(SavingTrainer):
         losses = torch.stack([loss for _, loss in computed])
         whole = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP2's
         told = losses.sum() if norm is None else torch.stack([losses.sum(), torch.as_tensor(whole).to(losses)])
-        finite = bool(torch.isfinite(told).all())  # the one synchronisation of all this
         scaled = self.accelerator.scaler is not None
-        if not self.any_rank(not finite):
+        if not self.any_rank(~torch.isfinite(told).all()):
             self._skipped = 0
             return norm
         fine = torch.isfinite(losses)
-        if scaled and not self.any_rank(not bool(fine.all())):
+        if scaled and not self.any_rank(~fine.all()):
             self._require_not_always_skipped()
             return norm
         self._stop(computed, fine, norm)
@@ -62,8 +62,9 @@ class GuardedTrainer(SavingTrainer):
     def require_finite(self) -> None:
         """Raises RefusedError, on all ranks, when a trained weight is not finite."""
         trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
-        broken = [name for name, weight in trained.items() if not bool(torch.isfinite(_local(weight)).all())]
-        if self.any_rank(bool(broken)):
+        flags = torch.stack([finite(_local(weight)) for weight in trained.values()])
+        if self.any_rank(~flags.all()):
+            broken = [name for name, good in zip(trained, flags.tolist(), strict=True) if not good]
             named = f": {broken[0]} and {len(broken) - 1} more" if broken else ""
             raise RefusedError(
                 f"step {self.state.global_step}: trained weights are not finite{named}. Nothing of it is written; the last good "
@@ -82,7 +83,8 @@ class GuardedTrainer(SavingTrainer):
     def _stop(self, computed: list[tuple[dict[str, Any], torch.Tensor]], fine: torch.Tensor, norm: Any) -> None:
         """Raises RefusedError, the same on all ranks, with the rows of the micro-batches whose loss is not finite; where all
         losses are, with all rows of the step."""
-        self.require_finite()  # weights that the last step broke are no fault of these rows
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:  # whose engine has stepped already
+            self.require_finite()  # weights that the last step broke are no fault of these rows
         blamed = [inputs for (inputs, _), good in zip(computed, fine.tolist(), strict=True) if not good]
         values = [loss.item() for (_, loss), good in zip(computed, fine.tolist(), strict=True) if not good]
         found = [(values[0] if values else None, self._named(blamed or [inputs for inputs, _ in computed]))]
@@ -94,7 +96,7 @@ class GuardedTrainer(SavingTrainer):
         )
         more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
         raise RefusedError(
-            f"step {self.state.global_step + 1}: {what}; the run has diverged and is stopped before its weights change, no "
+            f"step {self.state.global_step + 1}: {what}; the run has diverged and is stopped, no "
             f"adapter is published and the last good checkpoint is whole. Rows of {'the micro-batch' if losses else 'the step'}: "
             f"{', '.join(names[:MOST_NAMED])}{more}. Look at them (lora-recipes preview --row N), lower "
             "training.learning_rate, or use bf16 instead of fp16"

@@ -1,6 +1,7 @@
 """Processes that train together: how long they wait for each other, and who is missing when they waited in vain."""
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from lora_recipes.errors import RankLost
 from lora_recipes.process import STOPPING
 
 ANSWER = timedelta(seconds=3)  # for a rank that is alive to say so: all that wait in one exchange give up together
+# What is said of a connection to a process that is gone, or does not answer.
+LOST = re.compile(r"closed|reset|[Tt]imed out|[Tt]imeout|Broken pipe|remote process|peer", re.IGNORECASE)
 HERE = "lora-recipes/lost-contact/"  # and the rank: key in the launcher's store, of a rank that is there to ask
 
 
@@ -33,6 +36,8 @@ def lost_contact(error: BaseException) -> RankLost | None:
     as a rank is gone, shall not cut the explanation off.
     """
     if not (isinstance(error, DistError) or "gloo" in str(error)):  # gloo's errors have no type of their own
+        return None
+    if not LOST.search(str(error)):  # a GPU that is used twice, a port that is taken: told as what they are
         return None
     if threading.current_thread() is threading.main_thread():
         for number in STOPPING:

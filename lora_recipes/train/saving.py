@@ -14,9 +14,11 @@ from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
 from lora_recipes.errors import Preempted
-from lora_recipes.run_dir import RunDir, read_json
+from lora_recipes.run_dir import RunDir, read_json, write_json
 from lora_recipes.train.checkpoints import STAGING, publish_checkpoint, retain, stopped_there
 from lora_recipes.train.preemption import Stop
+
+COUNTED = "logging_{}.json"  # of each rank: losses and metrics of the steps since the last line of the log
 
 
 class SavingTrainer(SFTTrainer):
@@ -119,9 +121,28 @@ class SavingTrainer(SFTTrainer):
         if self._asked():
             raise Preempted("stopped in an evaluation; the same command goes on from the newest checkpoint")
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The random numbers of this rank, and what it has counted since a line was logged last."""
+        super()._save_rng_state(output_dir)
+        counted = {
+            "loss": float(self._tr_loss),
+            "logged": self._globalstep_last_logged,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "tokens": self._total_train_tokens,
+        }
+        write_json(Path(output_dir, COUNTED.format(self.args.process_index)), counted)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The random numbers of a checkpoint come back, and the evaluation that it was stopped in is made up for."""
+        """The random numbers of a checkpoint come back, what was counted for the next line of the log does, and the
+        evaluation that it was stopped in is made up for."""
         super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            counted = read_json(Path(checkpoint, COUNTED.format(self.args.process_index)))
+            if counted:  # a checkpoint of an earlier version has none
+                self._tr_loss = torch.tensor(counted["loss"], device=self.args.device)
+                self._globalstep_last_logged = counted["logged"]
+                self._total_train_tokens = counted["tokens"]
+                self._metrics["train"].update(counted["metrics"])
         if checkpoint is not None and stopped_there(Path(checkpoint)).get("owes_evaluation"):
             self._determine_best_metric(self._evaluate(None, None), None)
             self._name_best(Path(self.args.output_dir))
@@ -130,11 +151,11 @@ class SavingTrainer(SFTTrainer):
         """Whether any rank was asked to end; the same answer on all of them."""
         return self.any_rank(self.stop.by is not None)
 
-    def any_rank(self, here: bool) -> bool:
-        """Whether it is so on any rank; all of them have to ask."""
+    def any_rank(self, here: bool | torch.Tensor) -> bool:
+        """Whether it is so on any rank; all of them have to ask. One synchronisation, and one exchange between ranks."""
         if self.accelerator.num_processes == 1:
-            return here
-        votes = torch.tensor(float(here), device=self.accelerator.device)
+            return bool(here)
+        votes = torch.as_tensor(here, device=self.accelerator.device).float()
         return bool(self.accelerator.reduce(votes, "sum") > 0)
 
 

@@ -88,7 +88,7 @@ def train(recipe: Recipe, ready: Ready) -> None:
         ready.changed |= require_same_material(recipe, run_dir, data.keys(), template, weights, ready.accepted)
     report = audit(data, args.per_device_train_batch_size, _global_batch(args))
     require_sound(report)
-    require_positions(recipe, config, report["lengths"].get("max", 0))
+    require_positions(recipe, config, report["lengths"].get("max", 0), data.limit)
     _refuse_leaking_stream(recipe, args, data, report["epoch_rows"])
     require_disk(run_dir, choices.training, targets, _steps(args, report["epoch_rows"]))
     base = load_base(recipe, source, choices)

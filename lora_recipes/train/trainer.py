@@ -118,10 +118,11 @@ class RecipeTrainer(GuardedTrainer):
         """
         if return_outputs or not self._suits_cpu_loss():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        divisor = float(_scored(inputs["labels"]).sum() if num_items_in_batch is None else num_items_in_batch)
+        count = _scored(inputs["labels"]).sum() if num_items_in_batch is None else num_items_in_batch
+        divisor = max(1.0, float(count))
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             divisor /= self.accelerator.num_processes  # it counts the tokens of all ranks; DDP averages over ranks
-        return self._own_loss(model, inputs, max(1, divisor))
+        return self._own_loss(model, inputs, divisor)
 
     def _own_loss(self, model: Any, inputs: dict[str, torch.Tensor], divisor: float) -> torch.Tensor:
         """The sum of all trained tokens' losses, over the divisor."""
@@ -210,7 +211,7 @@ def build_trainer(
         set_seed(args.seed)  # from here on a run that begins and one that goes on draw the same numbers
     if trainer.args.bf16 and trainer.args.device.type == "cpu" and cast_frozen(trainer.model):
         choices.made.append(Choice("frozen weights", "bf16", "autocast would cast them anew in every forward"))
-    if trainer.args.device.type == "cpu" and choices.training.get("torch_compile"):
+    if trainer.args.device.type == "cpu" and any(choices.training.get(key) for key in COMPILE_KEYS):
         _compile_layers(trainer.model, choices)
     trainer.optimizer_settings = {key: choices.training[key] for key in OPTIMIZER_KEYS if choices.training.get(key)}
     freeze_what_never_moves(trainer.model, recipe, trainer.optimizer_settings)

@@ -66,7 +66,7 @@ def rows_of(longest: int, max_length: int = 2048) -> Callable[[Maker], Any]:
 
     def run(maker: Maker) -> None:
         read = load_recipe(maker.recipe("r", training={"max_length": max_length}))
-        require_positions(read, model_config(read, locate(read)), longest)
+        require_positions(read, model_config(read, locate(read)), longest, read.get("training.max_length"))
 
     return run
 

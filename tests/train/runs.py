@@ -50,8 +50,8 @@ def metrics(run_dir: RunDir) -> list[dict[str, Any]]:
 
 
 def _repeats(key: str) -> bool:
-    """Not the clock; TRL counts tokens anew in every process."""
-    return not any(word in key for word in ("seconds", "runtime", "per_second", "num_tokens", "preparation_time"))
+    """Not the clock."""
+    return not any(word in key for word in ("seconds", "runtime", "per_second", "preparation_time"))
 
 
 def _hashed(value: Any) -> str:

@@ -25,6 +25,7 @@ SETUPS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...]]] = {
     "workers": (DROPOUT, {"dataloader_num_workers": 2}, (3,)),
     "by length": (DROPOUT, {"train_sampling_strategy": "group_by_length"}, (4,)),
     "evaluations": (DROPOUT, EVALUATED, (2, 3)),
+    "every third step logged": (DROPOUT, {"logging_steps": 3}, (2, 4)),
     "whole model": ({"lora": None, "model": {"dtype": "float32"}}, {"learning_rate": 1e-4}, (3,)),
     "stream": (DROPOUT | {"dataset": {"streaming": True}}, {"max_steps": 5}, (2,)),
 }
