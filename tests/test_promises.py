@@ -8,7 +8,7 @@ import pytest
 
 from tests import promises
 
-LONG = {"F3", "F15"}  # only `make promises CHAOS=1` runs it
+LONG = {"F3", "F15", "F20"}  # only `make promises CHAOS=1` and `make bench-reliability` run them
 
 
 @functools.cache

@@ -85,7 +85,7 @@ def test_recipe_restates_nothing_that_its_parents_already_say(path: Path):
 
 
 @pytest.mark.parametrize(
-    "path", [pytest.param(path, id=path.stem, marks=slow_if_like_another(path)) for path in RECIPES]
+    "path", [pytest.param(path, id=path.stem, marks=slow_if_like_another(path, of_a_type=True)) for path in RECIPES]
 )
 def test_recipe_is_planned_offline(path: Path):
     found = plan(load_recipe(path), advise=False)

@@ -104,23 +104,24 @@ def facts(named: str, demo: Path) -> dict[str, Any]:
     return known["config"]
 
 
-def slow_if_like_another(path: Path) -> tuple[pytest.MarkDecorator, ...]:
-    """Marks for a recipe whose model differs from that of an earlier one in its sizes alone, and is trained the same way."""
-    return () if path.stem in _first_of_their_kind(path.parent) else (pytest.mark.slow,)
+def slow_if_like_another(path: Path, *, of_a_type: bool = False) -> tuple[pytest.MarkDecorator, ...]:
+    """Marks for a recipe whose model differs from that of an earlier one in its sizes alone, and is trained the same way.
+
+    Args:
+        of_a_type: an earlier one of the same model type is enough.
+    """
+    first = {kind[0 if of_a_type else slice(None)]: name for name, kind in reversed(_kinds(path.parent).items())}
+    return () if path.stem in first.values() else (pytest.mark.slow,)
 
 
 @cache
-def _first_of_their_kind(folder: Path) -> set[str]:
-    first: dict[tuple[Any, ...], str] = {}
+def _kinds(folder: Path) -> dict[str, tuple[Any, ...]]:
+    """Recipe → what its toy is made of and how it is trained, the model's type first."""
+    found = {}
     for path in sorted(folder.glob("*.yaml")):
         recipe = load_recipe(path)
         config = config_of(recipe)
         own_end = path.stem if recipe.get("training.eos_token") else None
-        kind = (
-            config.model_type,
-            config.tie_word_embeddings,
-            method_of(recipe),
-            str(recipe.get("lora.target_modules")),
-        )
-        first.setdefault((*kind, own_end), path.stem)
-    return set(first.values())
+        how = (config.tie_word_embeddings, method_of(recipe), str(recipe.get("lora.target_modules")), own_end)
+        found[path.stem] = (config.model_type, *how)
+    return found

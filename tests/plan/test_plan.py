@@ -423,10 +423,12 @@ def test_what_lies_outside_the_checked_range_is_said(write_recipe: Callable[...,
     assert "extrapolated: 64 rows a micro-batch" in said and "extrapolated: 8192 tokens a row" in said
 
 
-def test_a_longer_evaluation_batch_counts(write_recipe: Callable[..., Path]):
+def test_a_longer_evaluation_batch_counts_where_it_is_computed_whole(write_recipe: Callable[..., Path]):
     keys = {"eval_strategy": "steps", "per_device_eval_batch_size": 64}
-    parts = [parts_of(write_recipe(training=more)) for more in ({}, keys)]
+    whole = {"label_smoothing_factor": 0.1}  # a CPU computes all else in pieces
+    parts = [parts_of(write_recipe(training=more)) for more in (whole, whole | keys, keys)]
     assert parts[0]["evaluation"] == 0 < parts[1]["evaluation"]
+    assert parts[2]["evaluation"] < parts[1]["evaluation"]
 
 
 def test_options_of_plan_belong_to_plan(write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture):

@@ -49,6 +49,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "eva, quantized": {"lora": {"init_lora_weights": "eva"}, "quantization": NF4, **WHOLE},
     "loftq, dora": {"lora": {"init_lora_weights": "loftq", "use_dora": True}, "quantization": NF4, **WHOLE},
 }
+QUICK = {"pissa, dora", "pissa, tokens", "olora, ranks"}  # of them, in every run of the tests
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -146,7 +147,10 @@ def test_loftq_starts_nearer_to_the_original_weights_than_the_quantized_ones_are
         torch.testing.assert_close(left, values.norm(), rtol=1e-3, atol=1e-5)  # no rank-r adapter could do better
 
 
-@pytest.mark.parametrize("name", FIRST_WEIGHTS | TOGETHER)
+@pytest.mark.parametrize(
+    "name",
+    [*FIRST_WEIGHTS, *(name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TOGETHER)],
+)
 def test_the_published_adapter_is_the_trained_function_on_the_untouched_base(
     name: str, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ):
