@@ -15,8 +15,9 @@ from lora_recipes.errors import RankLost
 from lora_recipes.process import STOPPING
 
 ANSWER = timedelta(seconds=3)  # for a rank that is alive to say so: all that wait in one exchange give up together
+OF_GLOO = re.compile(r"gloo|pair closure")  # its errors have no type of their own
 # What is said of a connection to a process that is gone, or does not answer.
-LOST = re.compile(r"closed|reset|[Tt]imed out|[Tt]imeout|Broken pipe|remote process|peer", re.IGNORECASE)
+LOST = re.compile(r"closed|closure|reset|[Tt]imed out|[Tt]imeout|Broken pipe|remote process|peer", re.IGNORECASE)
 HERE = "lora-recipes/lost-contact/"  # and the rank: key in the launcher's store, of a rank that is there to ask
 
 
@@ -35,7 +36,7 @@ def lost_contact(error: BaseException) -> RankLost | None:
     Takes some seconds, in which signals are ignored: this process ends anyway, and its launcher, which sends one as soon
     as a rank is gone, shall not cut the explanation off.
     """
-    if not (isinstance(error, DistError) or "gloo" in str(error)):  # gloo's errors have no type of their own
+    if not (isinstance(error, DistError) or OF_GLOO.search(str(error))):
         return None
     if not LOST.search(str(error)):  # a GPU that is used twice, a port that is taken: told as what they are
         return None

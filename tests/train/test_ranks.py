@@ -22,6 +22,7 @@ from tests.train.launched import LONG, TORCHRUN, VERB, Launched, wait_until
 
 RESET = "[third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer"
 TIMED_OUT = "[third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 20000ms for recv operation"
+CLOSED = "Application timeout caused pair closure"
 WAIT = 20  # seconds that ranks of these tests wait for each other
 GRACE = 30  # seconds that torchrun gives a rank that does not end when another has failed
 
@@ -62,7 +63,10 @@ def test_without_the_store_it_was_rank_0_that_held_it(store: TCPStore, monkeypat
     assert ranks.silent_ranks() == []
 
 
-@pytest.mark.parametrize(("said", "told"), [(RESET, "is gone: it was killed"), (TIMED_OUT, "did not answer in time")])
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [(RESET, "is gone: it was killed"), (TIMED_OUT, "did not answer in time"), (CLOSED, "did not answer in time")],
+)
 def test_an_error_between_ranks_is_one_message(store: TCPStore, signals_back: None, said: str, told: str):
     for rank in (0, 3):
         store.set(f"{ranks.HERE}{rank}", "here")
