@@ -80,8 +80,9 @@ def train(recipe: Recipe, ready: Ready) -> None:
     ends = end_token_ids(recipe, source, tokenizer)
     data = load_data(recipe, tokenizer, set(ends))
     last = _last_checkpoint(recipe, run_dir)
-    template = text_sha256(tokenizer.chat_template) if tokenizer.chat_template else None
-    weights = base_of(recipe, source).weights_sha256
+    if ready.repeats is not None or last is not None:  # on every rank: a new run's weights are hashed by one alone
+        template = text_sha256(tokenizer.chat_template) if tokenizer.chat_template else None
+        weights = base_of(recipe, source).weights_sha256
     if ready.repeats is not None:
         require_same_rows(ready.repeats, data.keys(), template, weights)
     if last is not None:
