@@ -19,6 +19,7 @@ from lora_recipes.data.load import LoadedData
 from lora_recipes.data.questions import questions
 from lora_recipes.data.rerender import Sample, differing, samples
 from lora_recipes.errors import MachineError, RefusedError
+from lora_recipes.merge.direct import sha256_from_disk
 from lora_recipes.model.answer import answer
 from lora_recipes.model.build import load_merged
 from lora_recipes.model.compare import Row, differences, prompt_row, record, trained_row
@@ -26,6 +27,7 @@ from lora_recipes.model.folder import require_sums
 from lora_recipes.model.machine import Choices, peak_rss_bytes
 from lora_recipes.model.quantizer import leave_out_unless_needed
 from lora_recipes.recipe import Recipe
+from lora_recipes.run_dir import file_sha256
 
 PROMPTS = 16
 ROWS = 16  # held-out rows, else training rows
@@ -175,7 +177,8 @@ def in_fresh_process(work: Callable[[Any], Any], argument: Any, recipe: Recipe, 
 
 
 def _reloaded(proof: Proof) -> dict[str, Any]:
-    require_sums(proof.folder, proof.sha256)
+    # Weights that are loaded next are read into the page cache on the way.
+    require_sums(proof.folder, proof.sha256, digest=file_sha256 if proof.behaviour else sha256_from_disk)
     code = {"trust_remote_code": True} if proof.recipe.get("model.trust_remote_code") else {}
     tokenizer = AutoTokenizer.from_pretrained(proof.folder, **code)
     _require_template(proof, tokenizer)

@@ -12,9 +12,9 @@ from lora_recipes import console
 from lora_recipes.errors import RefusedError
 from lora_recipes.merge.arithmetic import by_rows, convert_and_merge, merge_rows, require_finite, rounded_away
 from lora_recipes.merge.checkpoint import INDEX, Files, header_bytes
+from lora_recipes.merge.direct import Sink
 from lora_recipes.merge.layout import Layer, Layout, Unit
 from lora_recipes.merge.requantize import Requantizer
-from lora_recipes.merge.sink import Sink
 from lora_recipes.run_dir import file_sha256, read_json, write_json
 
 BLOCK = 2**21  # elements that are read, merged and written at a time

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_recipes.errors import EXIT_MACHINE, MachineError, machine_fault
-from lora_recipes.merge import sink, stream, weights
+from lora_recipes.merge import direct, stream, weights
 from lora_recipes.merge.checkpoint import INDEX
-from lora_recipes.merge.sink import Sink
+from lora_recipes.merge.direct import Sink, sha256_from_disk
 from lora_recipes.merge.stream import DONE, Merger
 from lora_recipes.merge.weights import write_weights
 from tests.conftest import ROOT
@@ -313,7 +313,7 @@ def test_a_disk_that_fills_up_while_writing(
         return write(descriptor, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sink.os, "write", full)
+        patch.setattr(direct.os, "write", full)
         with pytest.raises(OSError, match="No space left") as caught:
             write_weights(planned, tmp_path)
     fault = machine_fault(caught.value)
@@ -349,41 +349,47 @@ def test_ctrl_c_while_merging_ends_it(made: tuple[Path, Path], tmp_path: Path, m
 SHM = Path("/dev/shm")
 
 
-@pytest.mark.parametrize("where", ["disk", "memory", "no direct writing", "direct writing refused later"])
+@pytest.mark.parametrize("where", ["disk", "memory", "nothing direct", "direct refused later"])
 @pytest.mark.parametrize("length", [0, 1, 4095, 4096, 4097, 8 * MIB - 1, 8 * MIB, 8 * MIB + 1, 17 * MIB + 5])
-def test_a_sink_holds_every_byte_and_no_more(where: str, length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_sink_holds_every_byte_and_no_more_and_they_are_read_back(
+    where: str, length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     path = tmp_path / "file"
     if where == "memory":
         if not os.access(SHM, os.W_OK):
             pytest.skip("no /dev/shm")
         path = SHM / f"lora-recipes-test-{os.getpid()}"
-    if where == "no direct writing":
+    if where == "nothing direct":
         monkeypatch.delattr(os, "O_DIRECT", raising=False)
-    if where == "direct writing refused later":
+    if where == "direct refused later":
         refuse_direct(monkeypatch)
     data = torch.randint(0, 256, (length,), dtype=torch.uint8).numpy().tobytes()
     try:
         with Sink(path) as taking:
             for first in range(0, length, 3 * MIB):  # in pieces that are cut elsewhere than the sink's buffers
                 taking.put(memoryview(data)[first : first + 3 * MIB])
-        assert path.read_bytes() == data and taking.sha256 == hashlib.sha256(data).hexdigest()
+        assert path.read_bytes() == data
+        assert taking.sha256 == sha256_from_disk(path) == hashlib.sha256(data).hexdigest()
     finally:
         path.unlink(missing_ok=True)
 
 
 def refuse_direct(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some file systems open a file for direct writing, and refuse to write (EINVAL)."""
+    """Some file systems open a file so that it goes past the page cache, and refuse to write or to read (EINVAL)."""
     fcntl = pytest.importorskip("fcntl")
     if not hasattr(os, "O_DIRECT"):
         pytest.skip("no O_DIRECT")
-    write = os.write
 
-    def refusing(descriptor: int, data: memoryview) -> int:
-        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return write(descriptor, data)
+    def refusing(call: Callable[[int, Any], int]) -> Callable[[int, Any], int]:
+        def refused(descriptor: int, data: Any) -> int:
+            if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return call(descriptor, data)
 
-    monkeypatch.setattr(sink.os, "write", refusing)
+        return refused
+
+    monkeypatch.setattr(direct.os, "write", refusing(os.write))
+    monkeypatch.setattr(direct.os, "readv", refusing(os.readv))
 
 
 def test_a_sink_that_is_left_by_an_error_closes_its_file(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""A file that is written once, past the page cache where the system allows it, with its sha256."""
+"""Files past the page cache, where the system allows it: one that is written once, and one that is read back."""
 
 import errno
 import fcntl
@@ -22,7 +22,7 @@ class Sink:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.descriptor = path, _open(path)
+        self.path, self.descriptor = path, _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self.buffers = [mmap.mmap(-1, SIZE), mmap.mmap(-1, SIZE)]  # begin at a page
         self.filled = 0
         self.total = 0
@@ -81,15 +81,40 @@ class Sink:
             os.close(self.descriptor)
 
 
-def _open(path: Path) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+def sha256_from_disk(path: Path) -> str:
+    """Of a file as the disk has it, in hex. A model that nobody reads next takes no memory for pages of it."""
+    hasher, buffers = hashlib.sha256(), [mmap.mmap(-1, SIZE), mmap.mmap(-1, SIZE)]
+    descriptor = _open(path, os.O_RDONLY)
+    try:
+        with ThreadPoolExecutor(1) as disk:
+            pending = disk.submit(_read, descriptor, buffers[0])
+            while read := pending.result():
+                full = buffers[0]
+                buffers.reverse()
+                pending = disk.submit(_read, descriptor, buffers[0])
+                hasher.update(memoryview(full)[:read])
+    finally:
+        os.close(descriptor)
+    return hasher.hexdigest()
+
+
+def _read(descriptor: int, buffer: mmap.mmap) -> int:
+    try:
+        return os.readv(descriptor, [buffer])
+    except OSError as error:
+        if error.errno != errno.EINVAL or not _stop_direct(descriptor):
+            raise
+        return os.readv(descriptor, [buffer])
+
+
+def _open(path: Path, flags: int) -> int:
     with suppress(AttributeError, OSError):  # not every system, and not every file system, has it
         return os.open(path, flags | os.O_DIRECT, 0o644)
     return os.open(path, flags, 0o644)
 
 
 def _stop_direct(descriptor: int) -> bool:
-    """Whether a file was written past the page cache until now: some file systems open one so and then refuse to write."""
+    """Whether a file went past the page cache until now: some file systems open one so, and then refuse to write or read."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     direct = getattr(os, "O_DIRECT", 0)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~direct)
