@@ -24,6 +24,7 @@ from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir
 from lora_recipes.trained import as_trained, require_own_adapter, require_same_adapter
 
+LIMITS = {"length": "generation.max_new_tokens", "time": "generation.max_time"}
 HELP = """/adapter NAME   answer with this adapter from now on
 /adapters       which there are
 /base           answer without an adapter
@@ -197,8 +198,8 @@ class Terminal:
             console.say("[it said nothing]", "dim")
         if ended == "interrupt":
             console.say("[stopped]", "dim")
-        elif ended == "length":
-            console.say("[cut off; generation.max_new_tokens sets the limit]", "dim")
+        elif ended in LIMITS:
+            console.say(f"[cut off; {LIMITS[ended]} sets the limit]", "dim")
 
     def adapter(self, name: str) -> None:
         """`/adapter NAME`"""

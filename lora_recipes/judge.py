@@ -45,14 +45,14 @@ def fault(text: str, stopped: str, signs: Signs) -> str | None:
     """Why an answer did not end as it should, in words; None when it did.
 
     Args:
-        stopped: "eos" or "length".
+        stopped: "eos", "length" or "time".
     """
     if found := leak(text, signs):
         return f"leaks {found!r}"
     if found := loop(text):
         return f"repeats {shortened(found, 40)!r} at its end"
     if stopped != "eos":
-        return "ran into the limit of new tokens"
+        return "ran into the limit of time" if stopped == "time" else "ran into the limit of new tokens"
     if not text.strip():
         return "is empty"
     return "holds bytes that are no UTF-8" if UNDECODED in text else None

@@ -62,9 +62,9 @@ def summary(rows: list[dict[str, Any]], checks: dict[str, Any]) -> dict[str, Any
 
     Returns:
         {"scores": {model: …}, "stopped": {model: share of answers that end as they should},
-        "merged_equals_adapter": share or None, "failed": [{"check", "model", "prompt", "expected", "found", "answer"}]}.
+        "merged_equals_adapter": share or None, "failed": [{"check", "model", "prompt", "line", "expected", "found", "answer"}]}.
         A failure over many rows has no "prompt" and no "answer"; its "found" is the share, or None where it could not be
-        measured, and its "examples" are up to three of the rows.
+        measured, and its "examples" are up to three of the rows. "line" is the row's in generations.jsonl, from 1.
     """
     scores = {who: found.as_json() for who in MODELS if (found := score(rows, who))}
     both = [row for row in rows if "adapter" in row and "merged" in row]
@@ -85,49 +85,52 @@ def _failed_prompts(rows: list[dict[str, Any]], checks: dict[str, Any]) -> Itera
         prompt = next((entry["prompt"] for entry in [*wanted, *asked] if entry not in wanted or entry not in asked), "")
         found = "the transcript was made with other `checks.prompts`"
         yield _failure("prompts", None, "an answer to each of the recipe's", found, prompt=prompt)
-    for row in rows:
+    for line, row in enumerate(rows, 1):
         for who in TRAINED:
             for failed in row.get(who, {}).get("failed", []):
                 answer = _shortened(row[who]["text"], SHOWN_CHARACTERS)
-                yield _failure(
-                    failed["check"], who, failed["expected"], failed["found"], prompt=row["prompt"], answer=answer
-                )
+                where = {"prompt": row["prompt"], "line": line, "answer": answer}
+                yield _failure(failed["check"], who, failed["expected"], failed["found"], **where)
 
 
 def _failed_shares(
     rows: list[dict[str, Any]], scores: dict[str, dict[str, Any]], checks: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Whatever is asked for and was not measured has failed."""
+    lines = list(enumerate(rows, 1))
     for who in (model for model in TRAINED if model in scores):
         least = checks.get("min_stopped", DEFAULTS["min_stopped"])
         found = scores[who]["stops"]
         # Where each prompt says `stops: false` nothing is left to measure, and only the default asks for it.
         if least and (found < least if found is not None else "min_stopped" in checks):
-            unended = [row for row in rows if who in row and _must_end(row) and not _ended(row[who])]
-            yield _failure("min_stopped", who, least, found, examples=_examples(unended, who))
+            unended = [line for line, row in lines if who in row and _must_end(row) and not _ended(row[who])]
+            yield _failure("min_stopped", who, least, found, examples=_examples(rows, unended, who))
         for name, bound in checks.get("scores", {}).items():
             if scores[who][name] is None or scores[who][name] < bound["min"]:
-                wrong = [row for row in rows if who in row and row["expected"] not in (None, row[who]["text"])]
-                yield _failure(name, who, bound["min"], scores[who][name], examples=_examples(wrong, who))
+                wrong = [line for line, row in lines if who in row and row["expected"] not in (None, row[who]["text"])]
+                yield _failure(name, who, bound["min"], scores[who][name], examples=_examples(rows, wrong, who))
 
 
-def _examples(rows: list[dict[str, Any]], who: str) -> list[dict[str, Any]]:
-    return [
-        {"prompt": row["prompt"], "answer": _shortened(row[who]["text"], SHOWN_CHARACTERS)}
-        | ({"fault": row[who]["fault"]} if "fault" in row[who] else {})
-        for row in rows[:EXAMPLES]
-    ]
+def _examples(rows: list[dict[str, Any]], lines: list[int], who: str) -> list[dict[str, Any]]:
+    found = []
+    for line in lines[:EXAMPLES]:
+        row = rows[line - 1]
+        fault = {"fault": row[who]["fault"]} if "fault" in row[who] else {}
+        answer = _shortened(row[who]["text"], SHOWN_CHARACTERS)
+        found.append({"prompt": row["prompt"], "line": line, "answer": answer} | fault)
+    return found
 
 
 def _failure(check: str, who: str | None, expected: Any, found: Any, **more: Any) -> dict[str, Any]:
-    return {"check": check, "model": who, "prompt": None, "expected": expected, "found": found, "answer": None} | more
+    without = {"prompt": None, "line": None, "answer": None}
+    return {"check": check, "model": who, "expected": expected, "found": found} | without | more
 
 
 def told(failure: dict[str, Any]) -> str:
     """A failure of `summary` in a line for people: the model, the prompt, what was expected, what came."""
     who, check, expected = failure["model"] or "all models", failure["check"], failure["expected"]
     if failure["prompt"] is not None:
-        line = f"{who}, prompt {_shortened(failure['prompt'], 80)!r}: {check} {expected!r}: {failure['found']}"
+        line = f"{who}, {_asked(failure)}: {check} {expected!r}: {failure['found']}"
         return line if failure["answer"] is None else f"{line}; it answered {_shortened(failure['answer'], 80)!r}"
     found = "it was not measured" if failure["found"] is None else f"found {failure['found']}"
     line = f"{who}: {check} must be at least {expected}, {found}"
@@ -135,7 +138,13 @@ def told(failure: dict[str, Any]) -> str:
         return line
     first = failure["examples"][0]
     came = first.get("fault") or f"it answered {_shortened(first['answer'], 80)!r}"
-    return f"{line}; such as prompt {_shortened(first['prompt'], 80)!r}: {came}"
+    return f"{line}; such as {_asked(first)}: {came}"
+
+
+def _asked(found: dict[str, Any]) -> str:
+    """Which prompt, and where its transcript is."""
+    where = f" (generations.jsonl:{found['line']})" if found["line"] is not None else ""
+    return f"prompt {_shortened(found['prompt'], 80)!r}{where}"
 
 
 def _shortened(text: str, limit: int) -> str:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_recipes.cli import main
 from lora_recipes.data.load import load_data
 from lora_recipes.data.questions import DialogueForm, dialogue_form
-from lora_recipes.errors import MachineError
+from lora_recipes.errors import EXIT_REFUSED, MachineError
 from lora_recipes.generate import generate
 from lora_recipes.merge import merge
 from lora_recipes.model.answer import answer, generation_config
@@ -152,7 +152,8 @@ def test_an_answer_that_fails_an_expectation_is_refused_by_name(
     ]
     assert all("only me".startswith(failed["answer"]) for failed in found["failed"])
     told = " ".join(capsys.readouterr().err.split())
-    assert f"failed: adapter, prompt 'who is there': {check}" in told
+    line = found["failed"][0]["line"]
+    assert f"failed: adapter, prompt 'who is there' (generations.jsonl:{line}): {check}" in told
 
 
 def test_json_of_another_schema_is_refused_with_the_field(known: Callable):
@@ -291,6 +292,17 @@ def test_a_prompt_has_a_limit_of_its_own(known: Callable):
     assert [row["adapter"]["stopped"] for row in rows[:3]] == ["length", "eos", "length"]
     assert rows[1]["adapter"]["text"] == "only me" and rows[0]["adapter"]["text"] != "only me"
     assert found["scores"]["adapter"]["stopped_by_eos"] == round(4 / 6, 4)
+
+
+@pytest.mark.promise("G1")
+def test_answers_have_a_limit_of_time(known: Callable, capsys: pytest.CaptureFixture):
+    """So short that one token is made; the failure says which prompt, and where its transcript is."""
+    code, found = known("generation.max_time=1e-6", prompts=[{"prompt": "who is there"}])
+    rows = read_jsonl(RunDir.of("known").generations)
+    assert code == EXIT_REFUSED and {row["adapter"]["stopped"] for row in rows} == {"time"}
+    failed = next(one for one in found["failed"] if one["check"] == "stops")
+    assert failed["found"] == "ran into the limit of time" and rows[failed["line"] - 1]["prompt"] == "who is there"
+    assert f"(generations.jsonl:{failed['line']})" in " ".join(capsys.readouterr().err.split())
 
 
 def test_limits_change_nothing_but_the_length(tiny_model: Path):

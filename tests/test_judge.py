@@ -174,6 +174,7 @@ def test_what_belongs_into_an_answer_is_no_leak(text: str, signs: Signs):
         (" \n", "eos", "is empty"),
         ("caf\ufffd", "eos", "holds bytes that are no UTF-8"),
         ("on and on", "length", "ran into the limit of new tokens"),
+        ("on and on", "time", "ran into the limit of time"),
         ("caf\ufffd", "length", "ran into the limit of new tokens"),  # cut within a character
         ("pens " * 20, "eos", "repeats 'pens' at its end"),
         ("café", "eos", None),

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_recipes.cli import main
+from lora_recipes.errors import EXIT_USER
 from lora_recipes.generate import generate
 from lora_recipes.merge import merge
 from lora_recipes.model.adapted import attach_adapter
@@ -172,8 +173,9 @@ def test_a_nan_adapter_is_never_merged(write_recipe: Callable[..., Path]):
     assert not run_dir.merged.exists()
 
 
+@pytest.mark.promise("M8")
 def test_a_base_that_is_quantized_on_disk_is_refused(
-    write_recipe: Callable[..., Path], tiny_model: Path, workdir: Path
+    write_recipe: Callable[..., Path], tiny_model: Path, workdir: Path, capsys: pytest.CaptureFixture
 ):
     quantized = workdir / "quantized"
     shutil.copytree(tiny_model, quantized)
@@ -182,8 +184,8 @@ def test_a_base_that_is_quantized_on_disk_is_refused(
     config = json.loads((quantized / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (quantized / "config.json").write_text(json.dumps(config))
-    assert main(["merge", str(path)]) == 4
-    assert not run_dir.merged.exists()
+    assert main(["merge", str(path)]) == EXIT_USER
+    assert "is quantized on disk" in " ".join(capsys.readouterr().err.split()) and not run_dir.merged.exists()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

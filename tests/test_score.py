@@ -156,7 +156,7 @@ def test_an_expectation_fails_for_trained_models_alone():
         [failure] = summary([row(None, base=right, **{who: missed}, expectation=expectation)], checks)["failed"]
         assert (failure["model"], failure["prompt"], failure["check"]) == (who, "q", "contains")
         assert len(failure["answer"]) == 200
-        assert told(failure).startswith(f"{who}, prompt 'q': contains 'a': no; it answered 'xxx")
+        assert told(failure).startswith(f"{who}, prompt 'q' (generations.jsonl:1): contains 'a': no; it answered 'xxx")
 
 
 @pytest.mark.parametrize(

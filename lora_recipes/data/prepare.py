@@ -162,8 +162,9 @@ class Tokenizing:
             flags |= THINKING_LEFT_OUT if ready.thinking_left_out else 0
             text = LITERALS.sub("", ready.text)
             flags |= sum(ODD_FLAGS[kind] for kind in odd_characters(text))
-            flags |= SECRET if find_secret(text) else 0
-        return flags
+        else:
+            text = self.masker.tokenizer.decode(tokens.input_ids)
+        return flags | (SECRET if find_secret(text) else 0)
 
 
 class Batch:
@@ -382,7 +383,7 @@ def _key(source: Source, split: str, settings: RowSettings, masker: Masker) -> s
         "marked": masker.marked,
         "special": masker.special,
         "end_ids": sorted(masker.end_ids),
-        "secrets": list(SECRETS),  # that `flags` tell of
+        "secrets": ["in ids too", *SECRETS],  # that `flags` tell of
         "tokenizer": hashlib.sha256(backend.encode()).hexdigest(),
         "versions": [version(name) for name in ("transformers", "tokenizers")],
     }

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_recipes import console
 from lora_recipes.data.load import LoadedData
-from lora_recipes.errors import MachineError, RefusedError, RunError
+from lora_recipes.errors import MachineError, RecipeError, RefusedError, RunError
 from lora_recipes.merge import parity
 from lora_recipes.merge.parity import TOLERANCES, Asked, Proof
 from lora_recipes.merge.stream import Streamed, forget_progress
@@ -87,8 +87,8 @@ def merge(
     Raises:
         RunError: no adapter, `merged/` exists, or there is nothing to merge.
         MachineError: memory or disk is too small for what is asked.
-        RefusedError: the base is quantized on disk, the adapter is broken or another's, or the parity proof fails;
-            nothing is published then.
+        RecipeError: the base is quantized on disk.
+        RefusedError: the adapter is broken or another's, or the parity proof fails; nothing is published then.
     """
     started = time.monotonic()
     run_dir = RunDir.of(recipe.name)
@@ -137,7 +137,7 @@ def _settle(recipe: Recipe, run_dir: RunDir, force: bool, adapters: list[str], m
     check_adapter(adapter)
     require_change(adapter)
     if getattr(model_config(recipe, source), "quantization_config", None) is not None:
-        raise RefusedError(
+        raise RecipeError(
             f"{recipe.where('model.pretrained_model_name_or_path')}: {source.named} is quantized on disk; merging into it "
             "would round the adapter away. Name the 16- or 32-bit model it was made from"
         )

@@ -11,7 +11,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 @dataclass(frozen=True)
 class Answer:
-    """`stopped` is "eos" when the model ended by itself (or by a stop string), "length" when it ran into the limit."""
+    """`stopped` is "eos" when the model ended by itself (or by a stop string), else which limit it ran into: "length" or
+    "time"."""
 
     text: str
     stopped: str
@@ -72,8 +73,14 @@ def answer_batch(
             row.pop()
         text = tokenizer.decode(row[:end], skip_special_tokens=False).strip()
         stopped = end is not None or any(stop in text for stop in stop_strings(config))
-        answers.append(Answer(text, "eos" if stopped else "length"))
+        answers.append(Answer(text, "eos" if stopped else limit_met(config, len(row))))
     return answers
+
+
+def limit_met(config: GenerationConfig, tokens: int) -> str:
+    """What cut an answer of so many new tokens off: "time" (`max_time`, seconds a batch) or "length"."""
+    in_time = config.max_time is None or config.max_new_tokens is None or tokens >= config.max_new_tokens
+    return "length" if in_time else "time"
 
 
 def end_ids(config: GenerationConfig) -> list[int]:

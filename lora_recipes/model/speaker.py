@@ -10,7 +10,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lora_recipes import console
-from lora_recipes.model.answer import end_ids, stop_strings
+from lora_recipes.model.answer import end_ids, limit_met, stop_strings
 
 
 class Words(TextStreamer):
@@ -54,7 +54,7 @@ class Speaker:
         """Answer a prompt (token ids) on stdout.
 
         Returns:
-            What was said, and how it ended: "eos", "length" or "interrupt".
+            What was said, and how it ended: "eos", "length", "time" or "interrupt".
         """
         words = Words(self.tokenizer, end_ids(self.config))
         prompt = torch.tensor([ids], device=self.model.device)
@@ -77,7 +77,7 @@ class Speaker:
         self._remember(output)
         text = "".join(words.said)
         stopped = words.ended or any(stop in text for stop in stop_strings(self.config))
-        return text, "eos" if stopped else "length"
+        return text, "eos" if stopped else limit_met(self.config, output.sequences.shape[1] - len(ids))
 
     def _remember(self, output: Any) -> None:
         """Only keys and values: a recurrent state cannot be asked what it has read, nor a cache of a fixed size."""

@@ -353,6 +353,7 @@ BOUNDS: dict[str, dict[str, Any]] = {
     },
     "generation": {
         "max_new_tokens": AT_LEAST_ONE,
+        "max_time": POSITIVE,
         "temperature": POSITIVE,
         "top_p": {"exclusiveMinimum": 0, "maximum": 1},
         "top_k": NOT_NEGATIVE,

@@ -3,6 +3,7 @@
 import argparse
 import os
 import traceback
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,81 +101,100 @@ def launch(
         alone: this process does nothing else, so libraries that this recipe has no use for stay out of it.
     """
     process.prepare()
-    stop = Stop()
+    stop, begun = Stop(), _Begun()
     with stop.listening(alone=alone):
-        return _launch(recipe_path, overrides, stop, fresh, accepted, repeats, fit, debug, allow_pickle, alone)
+        try:
+            begun.recipe = recipe = load_recipe(recipe_path, overrides, allow_pickle=allow_pickle)
+            if fit:
+                require_one_process()
+            if alone:
+                leave_out_unless_needed(recipe)
+            # Imports in the order of their cost: bad rows are told before torch is imported, and a machine that lacks
+            # something before TRL is (6 s).
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                from lora_recipes.data.check import check_data
+
+                check_data(recipe)
+            with process.importing(alone=alone):
+                from lora_recipes.train.preflight import preflight
+
+            begun.ready = ready = preflight(recipe, fresh=fresh, accepted=accepted, repeats=repeats)
+            if ready is None:
+                return _ended(EXIT_DONE, "")
+            ready.stop, begun.before = stop, _written_at(recipe)
+            if ready.lock is not None:
+                stop.abandoned = partial(_record_end, recipe, EXIT_PREEMPTED)
+            with process.importing(alone=alone):
+                from lora_recipes.train.session import train
+
+            if fit:
+                from lora_recipes.train.memory import fitted
+
+                fitted(recipe, ready, overrides, train)
+            else:
+                train(recipe, ready)
+            return _ended(EXIT_DONE, "")
+        except Preempted as stopped:
+            return _preempted(begun, stopped)
+        except (LoraRecipesError, MemoryError, OSError, RuntimeError) as error:
+            return _failed(begun, error, debug=debug)
+        except BaseException as error:  # a bug: the status must not say "running" for ever
+            _record_failure(begun, EXIT_BUG, repr(error))
+            raise
+        finally:
+            if begun.ready is not None and begun.ready.lock is not None:
+                begun.ready.lock.release()
 
 
-def _launch(
-    recipe_path: str,
-    overrides: list[str],
-    stop: Stop,
-    fresh: bool,
-    accepted: tuple[str, ...],
-    repeats: Path | None,
-    fit: bool,
-    debug: bool,
-    allow_pickle: bool,
-    alone: bool,
-) -> int:
+@dataclass
+class _Begun:
+    """How far this launch has come.
+
+    Attributes:
+        before: when status.json was written last before it.
+    """
+
+    recipe: Recipe | None = None
+    ready: "Ready | None" = None
+    before: int = 0
+
+    @property
+    def opened(self) -> bool:
+        """Whether a run was begun, or went on."""
+        return self.ready is not None and self.ready.opened
+
+    def told_since(self) -> dict[str, Any]:
+        """What status.json says, where another process has written it since this launch."""
+        if self.recipe is None or self.ready is None or _written_at(self.recipe) == self.before:
+            return {}
+        return read_json(RunDir.of(self.recipe.name).status)
+
+
+def _failed(begun: _Begun, error: Exception, *, debug: bool) -> int:
+    """Say why, once, and in status.json. What another rank wrote down before it ended is the cause, not that it is gone."""
     from lora_recipes import console
 
-    recipe, ready, before = None, None, 0
-    try:
-        recipe = load_recipe(recipe_path, overrides, allow_pickle=allow_pickle)
-        if fit:
-            require_one_process()
-        if alone:
-            leave_out_unless_needed(recipe)
-        # Imports in the order of their cost: bad rows are told before torch is imported, and a machine that lacks
-        # something before TRL is (6 s).
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            from lora_recipes.data.check import check_data
-
-            check_data(recipe)
-        with process.importing(alone=alone):
-            from lora_recipes.train.preflight import preflight
-
-        ready = preflight(recipe, fresh=fresh, accepted=accepted, repeats=repeats)
-        if ready is None:
-            return _ended(EXIT_DONE, "")
-        ready.stop, before = stop, _written_at(recipe)
-        if ready.lock is not None:
-            stop.abandoned = partial(_record_end, recipe, EXIT_PREEMPTED)
-        with process.importing(alone=alone):
-            from lora_recipes.train.session import train
-
-        if fit:
-            from lora_recipes.train.memory import fitted
-
-            fitted(recipe, ready, overrides, train)
-        else:
-            train(recipe, ready)
-        return _ended(EXIT_DONE, "")
-    except Preempted as stopped:
-        return _preempted(recipe, ready, stopped)
-    except (LoraRecipesError, MemoryError, OSError, RuntimeError) as error:
-        if not isinstance(error, LoraRecipesError) and (told := _told_by_another_rank(recipe, ready, before)):
-            return _preempted(recipe, None, told)
-        known = error if isinstance(error, LoraRecipesError) else machine_fault(error) or _rank_lost(error)
-        if isinstance(known, RankLost) and (first := _failed_before(recipe, ready, before)):
-            return _ended(first["exit_code"], first["reason"], left_alone=True)
-        if known is None:
-            _record_failure(recipe, ready, EXIT_BUG, repr(error))
-            raise
-        if debug:
-            traceback.print_exc()
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or (ready is not None and ready.opened):
-            console.error(str(known) if rank == "0" else f"[rank {rank}] {known}")
-        _record_failure(recipe, ready, known.exit_code, str(known))
-        return _ended(known.exit_code, str(known), left_alone=isinstance(known, RankLost))
-    except BaseException as error:  # a bug: the status must not say "running" for ever
-        _record_failure(recipe, ready, EXIT_BUG, repr(error))
-        raise
-    finally:
-        if ready is not None and ready.lock is not None:
-            ready.lock.release()
+    known = error if isinstance(error, LoraRecipesError) else None
+    # Before the first step a rank that is stopped just ends, which the others see as a lost connection.
+    if known is None and not begun.opened and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        told = begun.told_since()
+        if told.get("state") == "preempted":
+            return _preempted(_Begun(), Preempted(told["reason"]))
+    known = known or machine_fault(error) or _rank_lost(error)
+    if isinstance(known, RankLost) and begun.opened:
+        told = begun.told_since()
+        if told.get("state") in ("failed", "preempted"):
+            return _ended(told["exit_code"], told["reason"], left_alone=True)
+    if known is None:
+        _record_failure(begun, EXIT_BUG, repr(error))
+        raise error
+    if debug:
+        traceback.print_exc()
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or begun.opened:
+        console.error(str(known) if rank == "0" else f"[rank {rank}] {known}")
+    _record_failure(begun, known.exit_code, str(known))
+    return _ended(known.exit_code, str(known), left_alone=isinstance(known, RankLost))
 
 
 def require_one_process() -> None:
@@ -194,29 +214,16 @@ def _ended(exit_code: int, message: str, *, left_alone: bool = False) -> int:
     return exit_code
 
 
-def _preempted(recipe: Recipe | None, ready: "Ready | None", stopped: Preempted) -> int:
+def _preempted(begun: _Begun, stopped: Preempted) -> int:
     """Say that the run was stopped. Before the first step each rank writes it down, since it may be the only one to know."""
     from lora_recipes import console
 
     main = os.environ.get("RANK", "0") == "0"
     if main:
         console.say(str(stopped), "yellow")
-    if recipe is not None and ready is not None and (main or not ready.opened):
-        _record_end(recipe, EXIT_PREEMPTED, str(stopped))
+    if begun.recipe is not None and begun.ready is not None and (main or not begun.opened):
+        _record_end(begun.recipe, EXIT_PREEMPTED, str(stopped))
     return _ended(EXIT_PREEMPTED, str(stopped))
-
-
-def _told_by_another_rank(recipe: Recipe | None, ready: "Ready | None", before: int) -> Preempted | None:
-    """Before the first step a rank that is stopped just ends, which the others see as a lost connection.
-
-    Args:
-        before: when status.json was written last before this launch.
-    """
-    if recipe is None or ready is None or ready.opened or os.environ.get("WORLD_SIZE", "1") == "1":
-        return None
-    status = read_json(RunDir.of(recipe.name).status)
-    new = status.get("state") == "preempted" and _written_at(recipe) != before
-    return Preempted(status["reason"]) if new else None
 
 
 def _rank_lost(error: BaseException) -> RankLost | None:
@@ -228,27 +235,15 @@ def _rank_lost(error: BaseException) -> RankLost | None:
     return lost_contact(error)
 
 
-def _failed_before(recipe: Recipe | None, ready: "Ready | None", before: int) -> dict[str, Any] | None:
-    """What a rank wrote down before it ended, which left the others alone: that is the cause, not that they are.
-
-    Args:
-        before: when status.json was written last before this launch.
-    """
-    if recipe is None or ready is None or not ready.opened or _written_at(recipe) == before:
-        return None
-    status = read_json(RunDir.of(recipe.name).status)
-    return status if status.get("state") in ("failed", "preempted") else None
-
-
 def _written_at(recipe: Recipe) -> int:
     status = RunDir.of(recipe.name).status
     return status.stat().st_mtime_ns if status.is_file() else 0
 
 
-def _record_failure(recipe: Recipe | None, ready: "Ready | None", exit_code: int, reason: str) -> None:
+def _record_failure(begun: _Begun, exit_code: int, reason: str) -> None:
     """Only for a run that this process has begun: a refused start leaves what is there as it was."""
-    if recipe is not None and ready is not None and ready.opened:
-        _record_end(recipe, exit_code, reason)
+    if begun.recipe is not None and begun.opened:
+        _record_end(begun.recipe, exit_code, reason)
 
 
 def _record_end(recipe: Recipe, exit_code: int, reason: str) -> None:

@@ -63,7 +63,7 @@ def require_same_run(
     if ranks != world_size():
         found["world_size"] = f"world_size: {ranks} processes then, {world_size()} now"
     if not DTYPES & found.keys():  # else the recipe says so itself
-        found |= _of_machine(manifest.get("chosen", {}), chosen)
+        found |= _of_types(manifest.get("chosen", {}), chosen)
     return _settled(recipe, run_dir, found | of_versions(manifest), accepted)
 
 
@@ -128,7 +128,7 @@ def _of_recipe(recipe: Recipe, run_dir: RunDir) -> dict[str, str]:
     return {key: line for key, line in changed.items() if not FREE.fullmatch(key)}
 
 
-def _of_machine(before: dict[str, str], now: dict[str, str]) -> dict[str, str]:
+def _of_types(before: dict[str, str], now: dict[str, str]) -> dict[str, str]:
     """Another CPU or GPU can mean another type, and with it other numbers from the next step on."""
     lines = [
         f"{what} was {before[what]}, {now[what]} on this machine"

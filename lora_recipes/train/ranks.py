@@ -3,9 +3,12 @@
 import os
 import re
 import signal
+import socket
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -18,7 +21,9 @@ ANSWER = timedelta(seconds=3)  # for a rank that is alive to say so: all that wa
 OF_GLOO = re.compile(r"gloo|pair closure")  # its errors have no type of their own
 # What is said of a connection to a process that is gone, or does not answer.
 LOST = re.compile(r"closed|closure|reset|[Tt]imed out|[Tt]imeout|Broken pipe|remote process|peer", re.IGNORECASE)
-HERE = "lora-recipes/lost-contact/"  # and the rank: key in the launcher's store, of a rank that is there to ask
+KEYS = "lora-recipes/ranks"  # of keys in the launcher's store; attempt, rank and one of these follow
+LOST_CONTACT, PROCESS = "lost-contact", "process"
+ENDED, HALTED = ("Z", "X"), ("T", "t")  # states of a process, proc(5)
 
 
 def meet(training: Mapping[str, Any]) -> None:
@@ -28,6 +33,22 @@ def meet(training: Mapping[str, Any]) -> None:
     """
     if training.get("use_cpu") and training.get("ddp_timeout") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         PartialState(cpu=True, backend=training.get("ddp_backend"), timeout=timedelta(seconds=training["ddp_timeout"]))
+
+
+def introduce() -> None:
+    """Leave word which process this rank is, for the others of this machine to look after. Only where a launcher keeps it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        with suppress(DistError):  # without it, whoever is silent is named
+            _store().set(key(int(os.environ["RANK"]), PROCESS), f"{socket.gethostname()} {os.getpid()}")
+
+
+def key(rank: int, what: str) -> str:
+    """In the store. A launcher that starts its processes again keeps its store."""
+    return f"{KEYS}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}/{what}"
+
+
+def _store() -> TCPStore:
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=ANSWER)
 
 
 def lost_contact(error: BaseException) -> RankLost | None:
@@ -61,16 +82,30 @@ def silent_ranks() -> list[int]:
     """Ranks that do not say within seconds that they, too, have lost contact; [] where that cannot be known.
 
     Asked for in the store through which the launcher brought them together, which outlives all of them; where it lived
-    in rank 0 and is gone, that is the answer.
+    in rank 0 and is gone, that is the answer. With three ranks or more a silent one may still wait for another: of those,
+    the ones whose process has ended or was halted are the cause, where they are of this machine.
     """
     here, ranks = int(os.environ["RANK"]), range(int(os.environ["WORLD_SIZE"]))
     try:
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=ANSWER)
-        store.set(f"{HERE}{here}", "here")
+        store = _store()
+        store.set(key(here, LOST_CONTACT), "here")
     except DistError:
         return [0] if here else []
     try:
-        store.wait([f"{HERE}{rank}" for rank in ranks], ANSWER)
+        store.wait([key(rank, LOST_CONTACT) for rank in ranks], ANSWER)
     except DistError:
-        return [rank for rank in ranks if not store.check([f"{HERE}{rank}"])]
+        silent = [rank for rank in ranks if not store.check([key(rank, LOST_CONTACT)])]
+        return [rank for rank in silent if _stands_still(store, rank)] or silent
     return []
+
+
+def _stands_still(store: TCPStore, rank: int) -> bool:
+    """Whether a rank of this machine has ended or was halted."""
+    name = key(rank, PROCESS)
+    host, _, pid = store.get(name).decode().rpartition(" ") if store.check([name]) else ("", "", "")
+    if host != socket.gethostname() or not Path("/proc/self/stat").is_file():
+        return False
+    stat = Path("/proc", pid, "stat")
+    if not stat.is_file():
+        return True
+    return stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] in (*ENDED, *HALTED)

@@ -33,7 +33,7 @@ from lora_recipes.train.memory import explained
 from lora_recipes.train.preflight import Ready, data_hashes
 from lora_recipes.train.probe import LongestFirst
 from lora_recipes.train.publish import publish
-from lora_recipes.train.ranks import meet
+from lora_recipes.train.ranks import introduce, meet
 from lora_recipes.train.record import RecordCallback, keep_metrics_until, write_manifest, write_status
 from lora_recipes.train.repeat import record_changed_on_the_way, require_same_rows
 from lora_recipes.train.room import require_disk
@@ -65,6 +65,7 @@ def train(recipe: Recipe, ready: Ready) -> None:
         LoraRecipesError: anything a user can act on; before weights are loaded wherever that is possible.
     """
     run_dir, choices = RunDir.of(recipe.name), ready.choices
+    introduce()
     meet(choices.training)
     with refusals_of(recipe, "training"):
         args = training_arguments(choices.training, run_dir)  # before the model: DeepSpeed hooks its loading here

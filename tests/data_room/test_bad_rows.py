@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from lora_recipes.cli import main
 from lora_recipes.data import prepare
@@ -689,6 +690,15 @@ def test_d30_rows_with_secrets_are_counted_and_named_and_their_text_is_not_repea
     named = {worst["place"] for worst in seen.report["worst"] if "secret" in worst["why"]}
     assert named == {"rows.jsonl:2", "rows.jsonl:3"}
     assert key not in json.dumps(seen.report) and password not in json.dumps(seen.report)
+
+
+def test_d30_secrets_are_found_in_rows_of_tokens_too(
+    recipe_on: Callable[..., Recipe], audit: Callable[..., Seen], tiny_model: Path
+):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows = [tokenizer(text)["input_ids"] for text in ("use hf_" + "a1B2" * 8, "use none")]
+    seen = audit(recipe_on([{"input_ids": row, "labels": row} for row in rows]))
+    assert seen.code == 0 and seen.report["secrets"] == 1
 
 
 def rows_saying(*texts: str) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lora_recipes.data import chat_templates
 from lora_recipes.data.formats import BadRow, Conversation, RowSettings, convert
@@ -435,6 +436,18 @@ def test_an_unknown_template_that_rewrites_the_turns_before_is_refused():
     bad = refused(own_masker(template), chat("Say six.", f"<think>Twice three.</think>{SIX}", "Chinese.", LIU))
     assert bad.kind == "template" and "differently alone than in the whole" in bad.message
     assert "training.chat_template_path" in bad.message and "training.assistant_only_loss=false" in bad.message
+
+
+@pytest.mark.promise("M5")
+def test_an_end_token_is_trained_where_it_is_the_padding_too():
+    """What is masked is decided by place: masking every padding token would take away what the model stops by."""
+    masker = own_masker(SMOLLM2)
+    assert masker.tokenizer.pad_token_id == masker.tokenizer.eos_token_id
+    rows = [tokenized(masker, chat(*turns)) for turns in (("Say six.", SIX, "Chinese.", LIU), ("Say six.", SIX))]
+    collate = DataCollatorForLanguageModeling(masker.tokenizer.pad_token_id)
+    batch = collate([{"input_ids": row.input_ids.tolist(), "labels": row.labels.tolist()} for row in rows])
+    ends = (batch["labels"] == masker.tokenizer.eos_token_id).sum(-1).tolist()
+    assert ends == [2, 1] and batch["labels"][1, -1] == IGNORED  # the shorter row is padded
 
 
 def test_an_end_token_that_follows_the_marks_is_trained():

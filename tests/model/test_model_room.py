@@ -1,5 +1,6 @@
 """Targets are all hit or the run is refused; sources are found or it is said what is missing; machines choose aloud."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +82,26 @@ def test_a_model_that_is_not_there_says_what_helps(
 ):
     with pytest.raises(error, match=said):
         locate(load_recipe(write_recipe(model={"pretrained_model_name_or_path": named})))
+
+
+@pytest.mark.promise("R12")
+@pytest.mark.parametrize("known", [True, False], ids=["also on the hub", "a folder alone"])
+def test_a_folder_that_is_called_as_a_hub_model_is_read_and_it_is_said(
+    known: bool, write_recipe: Callable[..., Path], tiny_model: Path, workdir: Path, capsys: pytest.CaptureFixture
+):
+    shutil.copytree(tiny_model, workdir / "owner" / "model")
+    cached = workdir / "cache" / "models--owner--model"
+    if known:
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("0" * 40)
+        (cached / "snapshots" / ("0" * 40)).mkdir(parents=True)
+        (cached / "snapshots" / ("0" * 40) / "config.json").write_text("{}")
+    for named in ("owner/model", "./owner/model"):
+        model = {"pretrained_model_name_or_path": named, "cache_dir": str(workdir / "cache")}
+        assert locate(load_recipe(write_recipe(model=model))).kind == "folder"
+        said = " ".join(capsys.readouterr().err.split())
+        shadows = "owner/model is a folder here, and is read instead of the hub's; write ./owner/model to say so"
+        assert (shadows in said) == (known and named == "owner/model")
 
 
 def test_a_folder_without_config_is_no_model(write_recipe: Callable[..., Path], workdir: Path):

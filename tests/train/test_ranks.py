@@ -2,6 +2,9 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -48,9 +51,37 @@ def signals_back():
 @pytest.mark.parametrize("there", [(0,), (0, 1, 3), ()], ids=str)
 def test_the_ranks_that_do_not_say_that_they_are_there_are_named(store: TCPStore, there: tuple[int, ...]):
     for rank in there:
-        store.set(f"{ranks.HERE}{rank}", "here")
+        store.set(ranks.key(rank, ranks.LOST_CONTACT), "here")
     assert ranks.silent_ranks() == [rank for rank in (0, 1, 3) if rank not in there]
-    assert store.check([f"{ranks.HERE}2"])  # so the others do not take this one for gone
+    assert store.check([ranks.key(2, ranks.LOST_CONTACT)])  # so the others do not take this one for gone
+
+
+def test_of_the_silent_ranks_those_that_stand_still_are_named(store: TCPStore, monkeypatch: pytest.MonkeyPatch):
+    """Rank 0 is there, 1 is halted or gone, and 3 waits for 1: it is silent too, and not the cause."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    store.set(ranks.key(0, ranks.LOST_CONTACT), "here")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        for rank, pid in ((1, other.pid), (3, os.getpid())):
+            store.set(ranks.key(rank, ranks.PROCESS), f"{socket.gethostname()} {pid}")
+        assert ranks.silent_ranks() == [1, 3]  # nobody stands still: who is silent
+        other.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, other.pid, os.WSTOPPED | os.WNOWAIT)
+        assert ranks.silent_ranks() == [1]
+        other.kill()
+        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+        assert ranks.silent_ranks() == [1]  # has ended, and nobody has asked for its exit code
+    assert ranks.silent_ranks() == [1]
+    store.set(ranks.key(1, ranks.PROCESS), f"elsewhere {other.pid}")
+    assert ranks.silent_ranks() == [1, 3]
+    ranks.introduce()
+    assert store.get(ranks.key(2, ranks.PROCESS)).decode() == f"{socket.gethostname()} {os.getpid()}"
+
+
+def test_what_an_earlier_attempt_said_does_not_count(store: TCPStore, monkeypatch: pytest.MonkeyPatch):
+    for rank in (0, 1, 3):
+        store.set(ranks.key(rank, ranks.LOST_CONTACT), "here")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert ranks.silent_ranks() == [0, 1, 3]
 
 
 def test_without_the_store_it_was_rank_0_that_held_it(store: TCPStore, monkeypatch: pytest.MonkeyPatch):
@@ -69,7 +100,7 @@ def test_without_the_store_it_was_rank_0_that_held_it(store: TCPStore, monkeypat
 )
 def test_an_error_between_ranks_is_one_message(store: TCPStore, signals_back: None, said: str, told: str):
     for rank in (0, 3):
-        store.set(f"{ranks.HERE}{rank}", "here")
+        store.set(ranks.key(rank, ranks.LOST_CONTACT), "here")
     lost = ranks.lost_contact(RuntimeError(f"{said}\nmore"))
     assert isinstance(lost, RankLost) and lost.exit_code == EXIT_MACHINE
     assert f"rank 1 of 4 {told}" in str(lost) and said in str(lost) and "more" not in str(lost).split(said)[1]
@@ -79,7 +110,7 @@ def test_an_error_between_ranks_is_one_message(store: TCPStore, signals_back: No
 def test_another_error_is_not_one_between_ranks(store: TCPStore):
     before = signal.getsignal(signal.SIGTERM)
     assert ranks.lost_contact(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
-    assert signal.getsignal(signal.SIGTERM) is before and not store.check([f"{ranks.HERE}2"])
+    assert signal.getsignal(signal.SIGTERM) is before and not store.check([ranks.key(2, ranks.LOST_CONTACT)])
 
 
 @pytest.mark.parametrize("first", [None, RefusedError("step 2: loss is nan")], ids=["nobody told", "told before"])
