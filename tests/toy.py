@@ -105,23 +105,30 @@ def facts(named: str, demo: Path) -> dict[str, Any]:
 
 
 def slow_if_like_another(path: Path, *, of_a_type: bool = False) -> tuple[pytest.MarkDecorator, ...]:
-    """Marks for a recipe whose model differs from that of an earlier one in its sizes alone, and is trained the same way.
+    """Marks for a recipe that has no trait which an earlier one has not: no other model type, no other way to train.
 
     Args:
         of_a_type: an earlier one of the same model type is enough.
     """
-    first = {kind[0 if of_a_type else slice(None)]: name for name, kind in reversed(_kinds(path.parent).items())}
+    first: dict[tuple[int, Any], str] = {}
+    for name, traits in _traits(path.parent).items():
+        for number, trait in enumerate(traits[:1] if of_a_type else traits):
+            first.setdefault((number, trait), name)
     return () if path.stem in first.values() else (pytest.mark.slow,)
 
 
 @cache
-def _kinds(folder: Path) -> dict[str, tuple[Any, ...]]:
+def _traits(folder: Path) -> dict[str, tuple[Any, ...]]:
     """Recipe → what its toy is made of and how it is trained, the model's type first."""
     found = {}
     for path in sorted(folder.glob("*.yaml")):
         recipe = load_recipe(path)
         config = config_of(recipe)
-        own_end = path.stem if recipe.get("training.eos_token") else None
-        how = (config.tie_word_embeddings, method_of(recipe), str(recipe.get("lora.target_modules")), own_end)
-        found[path.stem] = (config.model_type, *how)
+        found[path.stem] = (
+            config.model_type,
+            (config.model_type, config.tie_word_embeddings),
+            method_of(recipe),
+            str(recipe.get("lora.target_modules")),
+            bool(recipe.get("training.eos_token")),
+        )
     return found
