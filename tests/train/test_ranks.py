@@ -147,35 +147,40 @@ def test_a_rank_that_is_left_alone_writes_down_why_unless_the_one_that_left_has(
     assert ("rank 0 of 2 is gone" in capsys.readouterr().err) == (first is None)
 
 
-def launch_two(by: str, write_recipe: Callable[..., Path], workdir: Path) -> Launched:
-    """Two ranks that save every fifth step, under torchrun or `lora-recipes train`."""
+def launch_ranks(by: str, count: int, write_recipe: Callable[..., Path], workdir: Path) -> Launched:
+    """Ranks that save every fifth step, under torchrun or `lora-recipes train`."""
     keys: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5, "save_total_limit": 2, "ddp_timeout": WAIT}
-    config = workdir / "two.yaml"
-    config.write_text("distributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n")
-    command = [*TORCHRUN, ROOT / "run.py"] if by == "torchrun" else [*VERB, "--config_file", config]
+    config = workdir / "ranks.yaml"
+    config.write_text(f"distributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: {count}\n")
+    torchrun = [*TORCHRUN[:-1], str(count), ROOT / "run.py"]
+    command = torchrun if by == "torchrun" else [*VERB, "--config_file", config]
     launched = Launched(command, write_recipe("lost", training=LONG | keys), workdir)
     wait_until(lambda: launched.step() >= 6)
     return launched
+
+
+# With three each hears from one neighbour, so that a rank which is there is silent, too.
+RUNS = [*((by, 2, lost) for by in ("torchrun", "verb") for lost in (0, 1)), ("torchrun", 3, 1), ("torchrun", 3, 2)]
 
 
 @pytest.mark.slow
 @pytest.mark.chaos
 @pytest.mark.promise("F15")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
-@pytest.mark.parametrize("lost", [0, 1])
-@pytest.mark.parametrize("by", ["torchrun", "verb"])
+@pytest.mark.parametrize(("by", "count", "lost"), RUNS)
 def test_a_rank_that_is_killed_or_hangs_ends_the_run_and_is_named(
     by: str,
+    count: int,
     lost: int,
     number: signal.Signals,
     write_recipe: Callable[..., Path],
     workdir: Path,
 ):
-    launched = launch_two(by, write_recipe, workdir)
+    launched = launch_ranks(by, count, write_recipe, workdir)
     ids = {
         rank: pid
         for pid in launched.members()
-        for rank in (0, 1)
+        for rank in range(count)
         if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text()
     }
     os.kill(ids[lost], number)
@@ -184,7 +189,7 @@ def test_a_rank_that_is_killed_or_hangs_ends_the_run_and_is_named(
     log, status = Path(launched.log.name).read_text(), read_json(launched.run_dir.status)
     assert code == (EXIT_MACHINE if by == "verb" else 1), log
     assert (status["state"], status["exit_code"]) == ("failed", EXIT_MACHINE), log
-    assert status["reason"].startswith(f"rank {lost} of 2 ") and status["reason"] in " ".join(log.split())
+    assert status["reason"].startswith(f"rank {lost} of {count} ") and status["reason"] in " ".join(log.split())
     run, found = read_json(launched.run_dir.manifest)["run"], numbered(launched.run_dir.checkpoints)
     assert found and all(why_broken(folder, run) is None for _, folder in found)
     assert not launched.run_dir.adapter.exists()
