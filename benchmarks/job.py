@@ -125,6 +125,23 @@ def measure(options: Options, command: str) -> None:
     results.keep(options.section, found)
 
 
+def measure_again(options: Options, part: str, command: str) -> None:
+    """A part of the rows that are there, such as their merges, anew; the trainings stay as they were measured."""
+    found, facts = results.read()[options.section], results.begun(command)
+    for number in range(1, options.rounds + 1):
+        for job in options.jobs:
+            for name, checkpointing in order(options, found["rows"], job, number):
+                for row in found["rows"]:
+                    same = (row["peer"], row["job"], row["round"]) == (name, job, number)
+                    if same and checkpointing is None and part in row:
+                        row[part] = _told(PARTS[part](options, name, job), options.lab)
+                        print(f"round {number}, {job}, {name}: {part} {row[part].get('wall', '')}", flush=True)
+                        results.keep(options.section, found)
+    found["again"] = found.get("again", {}) | {part: results.ended(facts)}
+    found["summary"] = summary(found["rows"], options.device)
+    results.keep(options.section, found)
+
+
 def order(options: Options, rows: Sequence[Row], job: str, number: int) -> list[tuple[str, bool | None]]:
     """(tool, checkpointing) of one job in one round."""
     if number == 1:
@@ -149,11 +166,8 @@ def one(options: Options, name: str, job: str, checkpointing: bool | None, with_
         device=options.device,
     )
     if checkpointing is None:
-        if with_help:
-            row["help"] = peers.measure_help(name, options.lab, options.cores)
-        if row["rc"] == 0:
-            row["merge"] = peers.measure_merge(name, job, options.lab, options.cores)
-            row["held_out"] = peers.held_out_of(name, job, options.lab, options.cores)
+        parts = (["help"] if with_help else []) + (["merge", "held_out"] if row["rc"] == 0 else [])
+        row |= {part: PARTS[part](options, name, job) for part in parts}
     return _told(row, options.lab)
 
 
@@ -242,6 +256,8 @@ def markdown(found: Row, device: str = "cpu") -> list[str]:
     rows, rates = found["rows"], found["rates"]
     jobs = list(dict.fromkeys(row["job"] for row in rows))
     lines = [results.described(found["machine"]), ""]
+    for part, facts in found.get("again", {}).items():
+        lines += [f"{part.replace('_', '-').capitalize()}, measured once more: {results.described(facts)}", ""]
     limits = f"{rates['float32'] / 1e9:,.0f} GFLOP/s in float32 and {rates['bfloat16'] / 1e9:,.0f} in bf16"
     base = found["base_held_out"].get("loss")
     alone = f"Matrix products alone: {limits}." if device == "cpu" else f"Card: {found['gpu']}."
@@ -366,3 +382,9 @@ def _say(row: Row, number: int) -> None:
 
 
 _MERGE_WALL = WAITING[3].of
+# What is measured of a tool beside its training.
+PARTS: dict[str, Callable[[Options, str, str], Row]] = {
+    "help": lambda options, name, job: peers.measure_help(name, options.lab, options.cores),
+    "merge": lambda options, name, job: peers.measure_merge(name, job, options.lab, options.cores),
+    "held_out": lambda options, name, job: peers.held_out_of(name, job, options.lab, options.cores),
+}

@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     of_job.add_argument("--cores", type=int, default=1)
     of_job.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     of_job.add_argument("--go-on", action="store_true", help="measure only what results.json has not")
+    of_job.add_argument("--again", choices=job.PARTS, help="measure this part of the rows that are there, no training")
     of_job.add_argument("--lab", type=Path, default=peers.default_folder(), help="its folder; unset: %(default)s")
     of_job.add_argument("--data", type=Path, help="lay the lab out with the rows of this file")
     others = parser.add_argument_group("other sections")
@@ -118,7 +119,10 @@ def _measure_job(args: argparse.Namespace, command: str) -> None:
     options = job.Options(
         args.lab, _tools(args), args.jobs, args.steps, args.rounds, args.cores, args.device, args.go_on
     )
-    job.measure(options, command)
+    if args.again:
+        job.measure_again(options, args.again, command)
+    else:
+        job.measure(options, command)
 
 
 def _measure_latency(args: argparse.Namespace, command: str) -> None:

@@ -1,6 +1,7 @@
 """What the suite makes of figures: rows put together, the best peer and ratios to it, tables, exponents, regressions."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,19 @@ def test_a_merge_is_compared_where_it_writes_a_model_that_loads():
         row("trl", merge={"rc": None, "reason": "no command that merges"}),
     ]
     assert job.ratios(rows, "qv", column, "lora-recipes") == [0.5]
+
+
+def test_a_part_of_the_rows_is_measured_again_and_nothing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file, keep = tmp_path / "results.json", results.keep
+    monkeypatch.setattr(results, "read", partial(results.read, file))
+    monkeypatch.setattr(results, "keep", lambda section, found: keep(section, found, file))
+    monkeypatch.setattr(job.peers, "measure_merge", lambda *_: {"rc": 0, "wall": 1.0, "loadable": True})
+    rows = [row(peer, merge={"rc": 0, "wall": 4.0, "loadable": True}) for peer in ("lora-recipes", "axolotl")]
+    results.keep("job", {"rows": [*rows, row("trl")], "machine": {}})
+    job.measure_again(job.Options(tmp_path, ["lora-recipes", "axolotl", "trl"], ["qv"], rounds=1), "merge", "it")
+    found = results.read()["job"]
+    assert [one.get("merge", {}).get("wall") for one in found["rows"]] == [1.0, 1.0, None]
+    assert found["again"]["merge"]["command"] == "it" and found["machine"] == {}
 
 
 @pytest.fixture

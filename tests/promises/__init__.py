@@ -97,7 +97,11 @@ def table(results: Results) -> str:
     held = [row for row in ROWS if figure(results.get(row, {})).split("/")[0].isdecimal()]
     lines = ["| | promise | cases that hold | test |", "|---|---|---|---|"]
     lines += [_line(promise, FAULTS[promise], results.get(promise, {})) for promise in FAULTS]
-    lines += ["", f"Bad inputs: {len(held)} of {len(ROWS)} rows hold, which means: all cases of a row that a test has.", ""]
+    lines += [
+        "",
+        f"Bad inputs: {len(held)} of {len(ROWS)} rows hold, which means: all cases of a row that a test has.",
+        "",
+    ]
     lines += ["| | bad input | cases that hold | test |", "|---|---|---|---|"]
     return "\n".join([*lines, *(_line(row, ROWS[row], results.get(row, {})) for row in ROWS)])
 
