@@ -1,7 +1,6 @@
 """What the suite makes of figures: rows put together, the best peer and ratios to it, tables, exponents, regressions."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +68,8 @@ def test_a_merge_is_compared_where_it_writes_a_model_that_loads():
 
 
 def test_a_part_of_the_rows_is_measured_again_and_nothing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    file, keep = tmp_path / "results.json", results.keep
-    monkeypatch.setattr(results, "read", partial(results.read, file))
+    file, read, keep = tmp_path / "results.json", results.read, results.keep
+    monkeypatch.setattr(results, "read", lambda file=file: read(file))
     monkeypatch.setattr(results, "keep", lambda section, found: keep(section, found, file))
     monkeypatch.setattr(job.peers, "measure_merge", lambda *_: {"rc": 0, "wall": 1.0, "loadable": True})
     rows = [row(peer, merge={"rc": 0, "wall": 4.0, "loadable": True}) for peer in ("lora-recipes", "axolotl")]
