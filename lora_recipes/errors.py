@@ -52,6 +52,10 @@ class RefusedError(LoraRecipesError):
     exit_code = EXIT_REFUSED
 
 
+class BrokenFile(RefusedError, ValueError):
+    """A file that was written by this project is not what was written."""
+
+
 class Preempted(BaseException):
     """Asked to end by a signal; what was reached is saved, and the same command goes on.
 

@@ -1,12 +1,39 @@
 """A training in processes of its own: how it is started, and how it ended, whatever a launcher makes of its exit code."""
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from lora_recipes import process
-from lora_recipes.errors import EXIT_PREEMPTED
+from lora_recipes.errors import EXIT_PREEMPTED, RefusedError
 from lora_recipes.run_dir import Locked, RunDir, read_json
+
+# How a launcher tells its processes what an accelerate config says, and what decides in which order numbers are added.
+LAUNCH_VARIABLE = re.compile(
+    r"(ACCELERATE|FSDP|PARALLELISM_CONFIG|FP8)_\w+|OMP_NUM_THREADS|MKL_(NUM_THREADS|CBWR|ENABLE_INSTRUCTIONS)"
+    r"|ONEDNN_(MAX_CPU_ISA|DEFAULT_FPMATH_MODE)|ATEN_CPU_CAPABILITY|CUBLAS_WORKSPACE_CONFIG|NVIDIA_TF32_OVERRIDE"
+    r"|NCCL_(ALGO|PROTO)"
+)
+
+
+def environment_of(manifest: dict[str, Any], file: Path) -> dict[str, str]:
+    """The variables that a run was launched with, as its manifest has them.
+
+    Raises:
+        RefusedError: one that no launch writes there. Others decide what code runs.
+    """
+    launch = manifest["launch"]
+    told, threads = launch.get("environment"), launch.get("threads")
+    if not isinstance(told, dict) or not isinstance(threads, int | None):
+        raise RefusedError(f"{file}: `launch` is not what was written there; the run cannot be repeated")
+    for name, value in told.items():
+        if not LAUNCH_VARIABLE.fullmatch(name) or not isinstance(value, str):
+            raise RefusedError(
+                f"{file}: `launch.environment` sets {name!r}, which no run of ours writes down and which could change what code "
+                "runs; take it out if you trust the folder"
+            )
+    return told | ({process.THREADS: str(threads)} if threads else {})
 
 
 def trained(command: list[str], run_dir: RunDir, environment: dict[str, str] | None = None) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Limits of time and memory on what a stranger wrote and we run: chat templates, regular expressions."""
 
+import re
 import resource
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,27 @@ TICK = 0.5  # seconds between two looks at a block that runs
 
 class TooMuch(Exception):
     """What a file asked for took more time than it may."""
+
+
+LONGEST_PATTERN = 4_000  # characters; those that tools write for models with images have some 500
+PATTERN_SECONDS = 2.0  # to match all names of a model; a millisecond each is slow already
+
+
+def pattern_fault(pattern: str, names: Iterable[str]) -> str | None:
+    """Why a regular expression is no use for these names: it can take longer than the world lasts. None when it is."""
+    shown = repr(pattern)[:100]
+    if len(pattern) > LONGEST_PATTERN:
+        return f"a pattern of {len(pattern):,} characters, more than {LONGEST_PATTERN:,}"
+    try:
+        with bounded(seconds=PATTERN_SECONDS):
+            expression = re.compile(pattern)
+            for name in names:
+                expression.fullmatch(name)
+    except TooMuch:
+        return f"the pattern {shown} takes more than {PATTERN_SECONDS:.0f} s on the names of the layers"
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"{shown} is no pattern: {error}"
+    return None
 
 
 class _Watch:

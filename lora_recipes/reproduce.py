@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lora_recipes import console, process
+from lora_recipes import console
 from lora_recipes.errors import EXIT_DONE, EXIT_PREEMPTED, LoraRecipesError, MachineError, RefusedError, RunError
-from lora_recipes.launch import trained
+from lora_recipes.launch import environment_of, trained
 from lora_recipes.metrics import computed, metrics_sha256
 from lora_recipes.model.digest import differing, gap, tensor_hashes
 from lora_recipes.recipe import InvalidRecipe
@@ -58,7 +58,7 @@ def reproduce(named: Path, *, accepted: str | None = None, fresh: bool = False, 
     command += ["--accept-changes", accepted] if accepted else []
     command += ["--allow-pickle"] if allow_pickle else []
     console.say(f"Repeating {original.root} in {repetition.root} …")
-    ended = trained(command, repetition, _environment(manifest))
+    ended = trained(command, repetition, environment_of(manifest, original.manifest))
     if ended["exit_code"] != EXIT_DONE:
         raise _failed(ended, named)
     found = compared(original, repetition)
@@ -131,11 +131,6 @@ def _launcher(manifest: dict[str, Any]) -> list[str]:
     if processes == "1":
         return ["-m", "lora_recipes.train"]
     return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "-m", "lora_recipes.train"]
-
-
-def _environment(manifest: dict[str, Any]) -> dict[str, str]:
-    launch = manifest["launch"]
-    return launch["environment"] | ({process.THREADS: str(launch["threads"])} if launch["threads"] else {})
 
 
 def _failed(ended: dict[str, Any], named: Path) -> LoraRecipesError:

@@ -1,5 +1,6 @@
 """The run folder `outputs/<recipe>/`: its layout, and writes that are either whole or not there at all."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -15,13 +16,21 @@ from pathlib import Path
 from typing import Any, TextIO
 from weakref import WeakSet
 
-from lora_recipes.errors import MachineError, RefusedError, RunError
+from lora_recipes.errors import BrokenFile, MachineError, RefusedError, RunError
 from lora_recipes.redact import redacted
 
 SUMS = "SHA256SUMS"  # in a published folder; the format of coreutils: `sha256sum -c SHA256SUMS` checks it
 OUTPUTS = Path("outputs")  # relative to the working folder, like every path a recipe names
 BLOB = 64  # letters of a sha256; the hub's cache calls the blobs of large files by theirs
 FEWEST_CHECKPOINTS = 2  # that stay, whatever the limit: the newest may turn out broken
+# What stands in these files is of these kinds, where it stands there at all.
+KINDS: dict[str, dict[str, Any]] = {
+    "manifest.json": {"world_size": int, "run": str}
+    | dict.fromkeys(("data", "tokens", "base", "versions", "launch", "machine", "chosen", "published", "files"), dict),
+    "status.json": {"state": str, "reason": str, "diagnosis": list},
+    "evaluation.json": {"scores": dict},
+    "provenance.json": {"base": dict},
+}
 READABLE = 0o666  # mode of files, of which the umask takes its share
 
 
@@ -186,7 +195,10 @@ def remembered_sha256(file: Path) -> str:
     memory = cache_folder("hashes") / f"{text_sha256(str(real))[:32]}.json"
     stat = real.stat()
     stamp = [str(real), stat.st_size, stat.st_mtime_ns, stat.st_ino]
-    known = read_json(memory)
+    try:
+        known = read_json(memory)
+    except BrokenFile:  # it can be made again
+        known = {}
     if known.get("stamp") != stamp:
         known = {"stamp": stamp, "sha256": file_sha256(real)}
         write_json(memory, known)
@@ -203,7 +215,13 @@ class Locked:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.stream = path, path.open("a+", encoding="utf-8")
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, READABLE)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EISDIR):
+                raise
+            raise RefusedError(f"{path}: is a link or a folder, where a lock file is wanted; remove it") from None
+        self.path, self.stream = path, os.fdopen(descriptor, "a+", encoding="utf-8")
         _locks.add(self)
 
     def acquire(self, *, wait: bool, waiting: Callable[[str], None] | None = None) -> None:
@@ -290,16 +308,45 @@ def _replacing(path: Path, mode: int) -> Iterator[TextIO]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} when there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """The object in a JSON file; {} when there is no such file.
+
+    Raises:
+        BrokenFile: it holds something else, or in a place of `KINDS` something of another kind.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = _object(json.loads(path.read_text(encoding="utf-8")))
+        for key, kind in KINDS.get(path.name, {}).items():
+            if not isinstance(found.get(key), kind | None):
+                raise ValueError(f"`{key}` is {str(found[key])[:40]!r}")
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, error) from None
+    return found
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; [] when there is no such file."""
+    """The objects of a JSONL file; [] when there is no such file. Raises BrokenFile where a line is none."""
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8") as stream:  # `splitlines` would also cut where a text holds U+2028 or U+0085
-        return [json.loads(line) for line in stream]
+    try:
+        with path.open(encoding="utf-8") as stream:  # `splitlines` would also cut where a text holds U+2028 or U+0085
+            return [_object(json.loads(line)) for line in stream]
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, error) from None
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(value)[:40]!r} is no object")
+    return value
+
+
+def _broken(path: Path, error: Exception) -> BrokenFile:
+    return BrokenFile(
+        f"{path}: is not what was written there ({error}): it was cut off, or somebody changed it. Put it back, or delete it; a "
+        "run whose manifest.json is gone starts over with --fresh, which moves its folder aside"
+    )
 
 
 @contextmanager
@@ -315,6 +362,9 @@ def published(folder: Path, *, private: bool = False, resumes: bool = False) -> 
             block refuses what is in it.
     """
     staging = staging_of(folder)
+    for place in (staging, folder):  # what somebody links to is somebody's: nothing is written or deleted there
+        if place.is_symlink():
+            place.unlink()
     if not resumes:
         shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(mode=0o700 if private else 0o777, parents=True, exist_ok=resumes)

@@ -15,7 +15,7 @@ from lora_recipes.model.identity import base_of, require_base
 from lora_recipes.model.initialise import changes_base
 from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe, load_recipe
-from lora_recipes.run_dir import RunDir, read_json, text_sha256
+from lora_recipes.run_dir import SUMS, RunDir, read_json, text_sha256
 
 # What an adapter is bound to. The other sections may change between training and the steps after it.
 ADAPTER_KEYS = ("model", "quantization", "lora")
@@ -61,6 +61,7 @@ def require_same_adapter(recipe: Recipe, run_dir: RunDir, source: Source | None,
     Raises:
         RefusedError: the adapter was trained on another base or with another `lora` section, or was changed since.
     """
+    _require_listed(run_dir)
     if not recipe.get("lora"):
         return
     changed = changed_keys(recipe, run_dir, ADAPTER_KEYS[1:] if force else ADAPTER_KEYS)
@@ -83,6 +84,22 @@ def _require_same_scaling(recipe: Recipe, run_dir: RunDir) -> None:
             raise RefusedError(
                 f"{run_dir.adapter / 'adapter_config.json'}: {key} is {saved.get(key)}, the adapter was trained with "
                 f"{lora[key]} ({recipe.where(f'lora.{key}')}); put it back"
+            )
+
+
+def _require_listed(run_dir: RunDir) -> None:
+    """Raises RefusedError where the checksums of what this run published are gone: nobody could tell what is there now."""
+    records = (
+        (run_dir.adapter, read_json(run_dir.manifest).get("published")),
+        (
+            run_dir.merged,
+            read_json(run_dir.parity).get("merged_sha256"),
+        ),
+    )
+    for folder, published in records:
+        if published and folder.is_dir() and not (folder / SUMS).is_file():
+            raise RefusedError(
+                f"{folder / SUMS}: is gone, so nobody can tell whether {folder} is what was published; put it back, or publish again"
             )
 
 

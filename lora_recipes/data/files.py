@@ -138,7 +138,7 @@ def _matching(source: Source, folder: Path, pattern: str) -> list[Path]:
     if path.is_dir():
         wanted = source.keys["path"] if source.keys["path"] in LOCAL_BUILDERS else None
         suffixes = [suffix for suffix, kind in KINDS.items() if wanted in (None, kind)]
-        found = [file for file in sorted(path.rglob("*")) if _suffix(file) in suffixes]
+        found = [file for file in sorted(path.rglob("*")) if _suffix(file) in suffixes and file.is_file()]
         if not found:
             raise DataError(f"{where}: no {wanted or 'data'} file ({', '.join(suffixes)}) in the folder {path}")
         return found

@@ -1,7 +1,8 @@
 """A trained adapter on its base, with every tensor accounted for; and whether weights on disk are sound."""
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,18 +11,34 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from lora_recipes.errors import RefusedError
+from lora_recipes.errors import LoraRecipesError, RefusedError, machine_fault
 from lora_recipes.model.adapter_config import read_config
 from lora_recipes.model.weights import header_of, require_own_files
 
 # Ways of PEFT to begin that write into the base's weights.
 CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+SHOWN_LINES = 3  # of what PEFT says
 UNMERGEABLE = {  # keys of peft.LoraConfig
     "alora_invocation_tokens": "an aLoRA adapter works only after its invocation tokens, which no plain model can do",
     "layer_replication": "several layers have one weight, so there is no plain model to merge into",
     "arrow_config": "it chooses among several adapters for each token, which no plain model can do",
     "monteclora_config": "it has learnt how much its weights vary, which no plain model can hold",
 }
+
+
+@contextmanager
+def fitting(folder: Path) -> Iterator[None]:
+    """Around PEFT's loading of an adapter, which may come from anybody: what it stumbles over is the adapter's fault."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, NotImplementedError, RuntimeError) as error:
+        if machine_fault(error) or isinstance(error, LoraRecipesError):
+            raise
+        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+            raise
+        said = str(error).strip().splitlines() or [""]
+        told = "; ".join(line.strip() for line in said[:SHOWN_LINES])
+        raise RefusedError(f"{folder}: not an adapter of this model: {type(error).__name__}: {told}") from error
 
 
 def attach_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
@@ -32,12 +49,8 @@ def attach_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """
     saved = check_adapter(folder)
     resize_embeddings(base, load_file(folder / "adapter_model.safetensors"))
-    try:
+    with fitting(folder):
         model = PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=False)
-    except RuntimeError as error:
-        if "size mismatch" not in str(error):
-            raise
-        raise RefusedError(f"{folder}: not an adapter of this model: {error}") from None
     # Embeddings may lie beside the adapter; "auto", PEFT's default, would look for the base's config, on the hub if need be.
     needed, known = (get_peft_model_state_dict(model, save_embedding_layers=all_).keys() for all_ in (False, True))
     if needed - saved or saved - known:
@@ -52,12 +65,13 @@ def adapter_on_meta(base: PreTrainedModel, folder: Path) -> PeftModel:
         RefusedError: it lacks or has keys, or has shapes, that the model does not; or no merge can express it.
     """
     saved = load_file(folder / "adapter_model.safetensors")  # mapped: read where it is used
-    config = LoraConfig.from_pretrained(str(folder))
+    with fitting(folder):
+        config = LoraConfig.from_pretrained(str(folder))
     _refuse_unmergeable(folder, config)
     config.inference_mode = True
     config.init_lora_weights, config.eva_config = True, None  # nothing is computed from the base
     resize_embeddings(base, saved)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), fitting(folder):
         warnings.simplefilter("ignore")
         model = get_peft_model(base, config)
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False).keys()

@@ -10,20 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import peft
+from jsonschema import Draft202012Validator
 from peft import LoraConfig
+from referencing import Registry
 
 from lora_recipes.errors import RefusedError, RunError
-from lora_recipes.limits import TooMuch, bounded
+from lora_recipes.limits import pattern_fault
 from lora_recipes.model.safe import MOST
+from lora_recipes.recipe.check import section_keys
 
 LARGEST_FILE = 10_000_000  # bytes; `trainable_token_indices` may be long
 MAX_RANK = 16_384  # no layer of a model is wider
 MAX_ALPHA = 1e6
 MAX_DEPTH = 4
-LONGEST_PATTERN = 4_000  # characters; those that tools write for models with images have some 500
-PATTERN_SECONDS = 2.0  # to match all names of an adapter; a millisecond each is slow already
 PATTERNS = ("target_modules", "exclude_modules", "layers_pattern")  # a regular expression where it is one text
 PATTERN_KEYS = ("rank_pattern", "alpha_pattern")  # regular expressions as keys
+OWN_RULES = {"r", "lora_alpha", "lora_dropout", *PATTERN_KEYS}  # looser than a recipe's
 FILES = ("cache_file", "covariance_file")  # of nested configs: PEFT unpickles what they name
 
 
@@ -74,7 +76,7 @@ def _fields() -> frozenset[str]:
 
 def _newer(version: str) -> bool:
     def numbers(text: str) -> list[int]:
-        return [int(part) for part in re.findall(r"\d+", text)[:3]]
+        return [int(part) for part in re.findall(r"\d{1,9}", text)[:3]]
 
     return numbers(version) > numbers(peft.__version__)
 
@@ -94,13 +96,24 @@ def _problems(config: dict[str, Any]) -> Iterator[str]:
         yield f"`auto_mapping` names the module {_short(library.get('parent_library'))}, which would be imported"
     if config.get("megatron_config") or config.get("megatron_core") not in (None, "megatron.core"):
         yield "`megatron_core` names a module that would be imported"
-    if _layers(config.get("layer_replication")) > MOST:
-        yield f"`layer_replication` makes more than {MOST:,} layers"
+    if not _layers(config.get("layer_replication")) <= MOST:
+        yield f"`layer_replication` makes more than {MOST:,} layers, or is no list of ranges"
+    known = section_keys("lora")
+    for name, value in config.items():
+        if name in known and name not in OWN_RULES and not _is_of(value, known[name]):
+            yield f"`{name}` is {_short(value)}, which no LoraConfig has there"
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        yield f"`task_type` is {_short(config['task_type'])}, and recipes train CAUSAL_LM"
     for key, value, depth in _entries(config):
         if key.rpartition(".")[2] in FILES and value:
             yield f"`{_short(key)}` names a file that would be unpickled"
         if depth > MAX_DEPTH:
             yield f"`{_short(key)}` is nested more than {MAX_DEPTH} deep"
+
+
+def _is_of(value: Any, schema: dict[str, Any]) -> bool:
+    """Whether a value is what a recipe may write there. What PEFT itself saves, it saves as null where it is not set."""
+    return value is None or Draft202012Validator(schema, registry=Registry()).is_valid(value)
 
 
 def _named(config: dict[str, Any], key: str) -> dict[str, Any]:
@@ -116,9 +129,11 @@ def _number(value: Any, *, whole: bool = False) -> bool:
 def _layers(value: Any) -> float:
     """Layers that `layer_replication` asks for; infinite for one that is no list of ranges."""
     try:
-        return sum(end - start for start, end in value or [])
+        ranges = [(start, end) for start, end in value or []]
     except (TypeError, ValueError):
         return math.inf
+    whole = all(_number(edge, whole=True) for pair in ranges for edge in pair)
+    return sum(end - start for start, end in ranges) if whole and all(0 <= a < b for a, b in ranges) else math.inf
 
 
 def _entries(value: Any, prefix: str = "", depth: int = 1) -> Iterator[tuple[str, Any, int]]:
@@ -152,19 +167,8 @@ def _require_quick_patterns(file: Path, config: dict[str, Any], shapes: Mapping[
     names = {re.sub(r"^base_model\.model\.|\.lora_.*$", "", name) for name in shapes}
     names |= {name.rpartition(".")[0] for name in names}
     for pattern in patterns:
-        if len(pattern) > LONGEST_PATTERN:
-            raise RefusedError(f"{file}: a pattern of {len(pattern):,} characters, more than {LONGEST_PATTERN:,}")
-        try:
-            with bounded(seconds=PATTERN_SECONDS):
-                expression = re.compile(pattern)
-                for name in names:
-                    expression.fullmatch(name)
-        except TooMuch:
-            raise RefusedError(
-                f"{file}: the pattern {_short(pattern)} takes more than {PATTERN_SECONDS:.0f} s on this adapter's own layers"
-            ) from None
-        except (re.error, OverflowError, RecursionError) as error:
-            raise RefusedError(f"{file}: {_short(pattern)} is no pattern: {error}") from None
+        if fault := pattern_fault(pattern, names):
+            raise RefusedError(f"{file}: {fault}")
 
 
 def _short(value: Any) -> str:

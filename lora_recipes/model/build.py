@@ -38,7 +38,9 @@ from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
 from lora_recipes.recipe.vocabulary import OWNERS
 
-_REFUSALS = (ValueError, ImportError, OSError, SafetensorError)
+# A field of a wrong kind in somebody's files is whatever the library stumbles over first.
+_STUMBLES = (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
+_REFUSALS = (ValueError, ImportError, OSError, SafetensorError, *_STUMBLES)
 
 
 @contextmanager
@@ -69,7 +71,8 @@ def refusals_of(recipe: Recipe, section: str) -> Iterator[None]:
             raise RefusedError(
                 f"{recipe.where(section)}: the model comes with code of its own, which is not run: {error}"
             ) from error
-        raise RecipeError(f"{recipe.where(section)}: `{section}` is refused by {OWNERS[section]}: {error}") from error
+        said = f"{type(error).__name__}: {error}" if isinstance(error, _STUMBLES) else error
+        raise RecipeError(f"{recipe.where(section)}: `{section}` is refused by {OWNERS[section]}: {said}") from error
 
 
 _HUB_KEYS = ("revision", "trust_remote_code", "cache_dir", "local_files_only", "subfolder")
@@ -90,6 +93,10 @@ def load_tokenizer(recipe: Recipe, source: Source) -> PreTrainedTokenizerBase:
             raise RecipeError(f"{recipe.where('training.eos_token')}: `eos_token` {end!r} is not in the vocabulary")
         tokenizer.eos_token = end
     where = recipe.where("model.pretrained_model_name_or_path")
+    if not isinstance(tokenizer.chat_template, str | dict | None):
+        raise RecipeError(
+            f"{where}: the chat template of this tokenizer is {str(tokenizer.chat_template)[:40]!r}, no text"
+        )
     if not tokenizer.is_fast:
         raise RecipeError(f"{where}: this model has no fast tokenizer, which masking the prompt needs (tokenizer.json)")
     if tokenizer.eos_token is None:
@@ -105,12 +112,19 @@ def end_token_ids(recipe: Recipe, source: Source, tokenizer: PreTrainedTokenizer
     """Tokens that end an answer: the tokenizer's first, then those of the model's generation config."""
     declared = base_generation_config(recipe, source).eos_token_id
     ids = [tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])]
+    for token in ids:
+        if not isinstance(token, int | None) or (token or 0) < 0:
+            where = recipe.where("model.pretrained_model_name_or_path")
+            raise RecipeError(
+                f"{where}: generation_config.json: `eos_token_id` holds {str(token)[:40]!r}, no token's number"
+            )
     return list(dict.fromkeys(token for token in ids if token is not None))
 
 
 def base_generation_config(recipe: Recipe, source: Source) -> GenerationConfig:
     """How the base answers unless it is told otherwise."""
-    return generation_config_in(source.location, **_hub_keywords(recipe))
+    with refusals_of(recipe, "model"):
+        return generation_config_in(source.location, **_hub_keywords(recipe))
 
 
 def generation_config_in(location: str | Path, **keywords: Any) -> GenerationConfig:
@@ -144,7 +158,7 @@ def meta_model(config: PreTrainedConfig, recipe: Recipe, dtype: torch.dtype | No
     """
     require_causal(recipe, config)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _stumbles_of(recipe):
             keywords: dict[str, Any] = {"trust_remote_code": bool(recipe.get("model.trust_remote_code"))}
             if dtype is not None:
                 keywords["dtype"] = dtype
@@ -153,6 +167,18 @@ def meta_model(config: PreTrainedConfig, recipe: Recipe, dtype: torch.dtype | No
         if "Unrecognized configuration class" not in str(error):
             raise
         raise no_causal_model(recipe, config) from None
+
+
+@contextmanager
+def _stumbles_of(recipe: Recipe) -> Iterator[None]:
+    """Sizes in a config.json that no model can have."""
+    try:
+        yield
+    except _STUMBLES as error:
+        where = recipe.where("model.pretrained_model_name_or_path")
+        raise RecipeError(
+            f"{where}: config.json: no model can be made of it: {type(error).__name__}: {error}; get the model again"
+        ) from error
 
 
 def _hub_keywords(recipe: Recipe) -> dict[str, Any]:

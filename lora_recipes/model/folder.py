@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_recipes.errors import RefusedError
+from lora_recipes.errors import BrokenFile, RefusedError
 from lora_recipes.redact import find_secret
 from lora_recipes.run_dir import SUMS, file_sha256, write_text
 
@@ -56,7 +56,10 @@ def write_sums(folder: Path, known: dict[str, str] | None = None) -> None:
 def read_sums(folder: Path) -> dict[str, str]:
     """File name → sha256; {} where there is no list."""
     file = folder / SUMS
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    except ValueError as error:
+        raise BrokenFile(f"{file}: is no list of checksums ({error}); publish {folder} again") from None
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 

@@ -1,5 +1,6 @@
 """Whether a base that was loaded is the whole model that its config describes: every weight from a file, every one finite."""
 
+import re
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from lora_recipes.errors import RecipeError, RefusedError
 from lora_recipes.recipe import Recipe
 
 SHOWN = 3  # names of weights in a message
+LAYER = re.compile(r".*?\.\d+(?=\.)")  # the part of a weight's name that names its layer
 
 
 def require_whole(model: PreTrainedModel, loading: dict[str, Any], named: str) -> None:
@@ -30,6 +32,24 @@ def require_whole(model: PreTrainedModel, loading: dict[str, Any], named: str) -
         raise RefusedError(
             f"{named}: {len(broken)} weights hold NaN or infinity ({', '.join(broken[:SHOWN])}); get the model again"
         )
+    if dead := _all_zero(model):
+        raise RefusedError(
+            f"{named}: every matrix of {len(dead)} of its layers is zero ({', '.join(dead[:SHOWN])}), so nothing can be learnt "
+            "there; get the model again, or see in which type its weights were saved"
+        )
+
+
+def _all_zero(model: PreTrainedModel) -> list[str]:
+    """Layers of the network, and matrices outside of them, that hold nothing but zeros."""
+    alive: dict[str, bool] = {}
+    for name, parameter in model.named_parameters():
+        values = parameter.data
+        if type(values) is not torch.Tensor or values.is_meta or not values.is_floating_point() or values.dim() < 2:
+            continue
+        within = LAYER.match(name)
+        place = within.group() if within else name
+        alive[place] = alive.get(place, False) or bool(values.any())
+    return [place for place, found in alive.items() if not found]
 
 
 def _finite(parameter: torch.Tensor) -> bool:
@@ -56,6 +76,10 @@ def require_positions(recipe: Recipe, config: PreTrainedConfig, longest: int, li
     text = config.get_text_config()
     most = getattr(text, "max_position_embeddings", None)
     scaled = (getattr(text, "rope_parameters", None) or {}).get("factor") if most else None
+    if not isinstance(most, int | None):
+        raise RecipeError(
+            f"{recipe.where('model.pretrained_model_name_or_path')}: config.json: `max_position_embeddings` is {str(most)[:40]!r}"
+        )
     most = int(most * max(1.0, scaled)) if most and isinstance(scaled, int | float) else most
     length = longest if limit is None else min(longest, limit)
     if most and length > most:

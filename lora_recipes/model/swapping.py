@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_recipes.errors import RefusedError, RunError
-from lora_recipes.model.adapted import attach_adapter
+from lora_recipes.model.adapted import attach_adapter, fitting
 from lora_recipes.model.adapters import BASE, DEFAULTS, SAME_IN_BOTH, AdapterFile
 from lora_recipes.model.answer import answer_batch
 
@@ -137,7 +137,8 @@ class AdapterSet:
     def _load(self, name: str) -> _Slot:
         file = self.files[name]
         peft_name = f"adapter_{len(self.slots)}"  # a user's name may hold a dot, which no module's may
-        self.model.load_adapter(str(file.folder), adapter_name=peft_name, low_cpu_mem_usage=False)
+        with fitting(file.folder):
+            self.model.load_adapter(str(file.folder), adapter_name=peft_name, low_cpu_mem_usage=False)
         # "auto", PEFT's default, would look for the base that the adapter names, on the hub if need be.
         needed, known = (
             get_peft_model_state_dict(self.model, adapter_name=peft_name, save_embedding_layers=all_).keys()

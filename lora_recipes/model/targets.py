@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedConfig
 
 from lora_recipes.errors import RecipeError
+from lora_recipes.limits import pattern_fault
 from lora_recipes.model.build import adapted_on_meta, lora_config, meta_model, refusals_of
 from lora_recipes.recipe import Recipe
 
@@ -54,9 +55,11 @@ def find_targets(recipe: Recipe, config: PreTrainedConfig) -> Targets:
     with refusals_of(recipe, "lora"):
         lora_config(recipe.section("lora"))
     modules = dict(base.named_modules())
+    _require_quick_patterns(recipe, modules)
     layers = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
     experts = expert_weights(base, recipe.get("lora.modules_to_save") or [])
     _require_matches(recipe, base, layers, experts)
+    _require_embedded(recipe, base)
     adapted = _adapted(recipe, base, layers)
     hit = adapted.targeted_module_names + adapted.targeted_parameter_names
     _require_hits(recipe, hit)
@@ -65,6 +68,28 @@ def find_targets(recipe: Recipe, config: PreTrainedConfig) -> Targets:
     hits = Counter(_last(name.removesuffix(".weight")) for name in hit)
     frozen = sum(parameter.numel() for name, parameter in experts.items() if name not in hit)
     return Targets(trainable, total, dict(hits), frozen)
+
+
+def _require_quick_patterns(recipe: Recipe, names: Iterable[str]) -> None:
+    """Raises RecipeError for a regular expression that is none, or would never be done with the model's names."""
+    names = list(names)
+    for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+        given = recipe.get(f"lora.{key}") or {}
+        for pattern in [given] if isinstance(given, str) else given if isinstance(given, dict) else []:
+            if fault := pattern_fault(pattern if isinstance(given, str) else rf"(.*\.)?({pattern})", names):
+                raise RecipeError(f"{recipe.where(f'lora.{key}')}: `{key}`: {fault}")
+
+
+def _require_embedded(recipe: Recipe, base: torch.nn.Module) -> None:
+    """Raises RecipeError for a token to train that the model has no embedding for."""
+    given = recipe.get("lora.trainable_token_indices") or []
+    rows = base.get_input_embeddings().weight.shape[0]
+    for token in [index for indices in given.values() for index in indices] if isinstance(given, dict) else given:
+        if not 0 <= token < rows:
+            where = recipe.where("lora.trainable_token_indices")
+            raise RecipeError(
+                f"{where}: `trainable_token_indices`: {token}, and the model has embeddings of 0 to {rows - 1}"
+            )
 
 
 def _require_matches(

@@ -18,6 +18,9 @@ from lora_recipes.recipe.vocabulary import LOCAL_BUILDERS
 Values = dict[str, Any]
 
 
+METRIC = re.compile(r"(eval_)?(\w+_)?(loss|mean_token_accuracy|entropy)")  # what an evaluation logs
+
+
 class Finding(NamedTuple):
     """What is wrong with a dotted key, the way out, and the exit code it leads to."""
 
@@ -248,6 +251,13 @@ def _evaluation(values: Values) -> Iterator[Finding]:
         )
     if training.get("load_best_model_at_end") and not wanted:
         yield Finding("training.load_best_model_at_end", "needs `training.eval_strategy`")
+    metric = training.get("metric_for_best_model")
+    if metric and not METRIC.fullmatch(metric):
+        yield Finding(
+            "training.metric_for_best_model",
+            f"is {metric!r}, which no evaluation measures",
+            "write loss, mean_token_accuracy or entropy, or those of one data source: NAME_loss",
+        )
     for prefix, source in sources:
         if source.get("eval_split") == source.get("split", "train"):
             yield Finding(

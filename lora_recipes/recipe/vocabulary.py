@@ -245,6 +245,8 @@ MODEL_KEYWORDS: dict[str, dict[str, Any]] = {
 SAVE_KEYWORDS: dict[str, dict[str, Any]] = {
     "max_shard_size": {
         "type": ["string", "integer"],
+        "pattern": r"^\d+(\.\d+)?\s*([KMGT]i?)?B$",
+        "minimum": 1,
         "description": "Largest weight file, such as `5GB`. Unset: 50GB.",
     },
 }
@@ -331,7 +333,7 @@ BOUNDS: dict[str, dict[str, Any]] = {
         "per_device_eval_batch_size": AT_LEAST_ONE,
         "gradient_accumulation_steps": AT_LEAST_ONE,
         "num_train_epochs": POSITIVE,
-        "max_steps": {"minimum": -1},
+        "max_steps": {"minimum": -1, "maximum": 10**9},
         "learning_rate": {"exclusiveMinimum": 0, "maximum": 1},
         "warmup_steps": NOT_NEGATIVE,
         "weight_decay": NOT_NEGATIVE,
@@ -349,6 +351,7 @@ BOUNDS: dict[str, dict[str, Any]] = {
         "seed": NOT_NEGATIVE,
         "data_seed": NOT_NEGATIVE,
         "dataloader_num_workers": NOT_NEGATIVE,
+        "dataloader_prefetch_factor": AT_LEAST_ONE,
         "dataset_num_proc": AT_LEAST_ONE,
     },
     "generation": {

@@ -9,6 +9,7 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -173,16 +174,20 @@ def why_broken(checkpoint: Path, run: str | None, *, hashed: bool = True) -> str
 
 def _lacking(names: Collection[str], manifest: dict[str, Any]) -> str | None:
     """Which part of a run's state no file of a checkpoint holds; FSDP and DeepSpeed have folders of their own for it."""
-    parts = {"the state of the optimizer": r"optimizer.*|global_step.*|pytorch_model_fsdp.*"}
-    parts |= {
-        "the schedule of the learning rate": r"scheduler\.pt|global_step.*",
-        "the trainer's state": r"trainer_state\.json",
-    }
     ranks = manifest.get("world_size", 1)
-    for rank in range(ranks):
-        own = f"rng_state_{rank}" if ranks > 1 else "rng_state"
-        parts[f"the random state of rank {rank}"] = rf"{own}\.pth"
-    return next((part for part, wanted in parts.items() if not any(re.fullmatch(wanted, name) for name in names)), None)
+    parts = [
+        ("the state of the optimizer", r"optimizer.*|global_step.*|pytorch_model_fsdp.*"),
+        ("the schedule of the learning rate", r"scheduler\.pt|global_step.*"),
+        ("the trainer's state", r"trainer_state\.json"),
+    ]
+    # One after another: the number of ranks is what a file says.
+    each = (
+        (f"the random state of rank {rank}", rf"rng_state{f'_{rank}' if ranks > 1 else ''}\.pth")
+        for rank in range(ranks)
+    )
+    return next(
+        (part for part, wanted in chain(parts, each) if not any(re.fullmatch(wanted, name) for name in names)), None
+    )
 
 
 def _open_to_others(checkpoint: Path, files: Iterable[Path]) -> str | None:

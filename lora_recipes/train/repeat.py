@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lora_recipes.errors import RunError
+from lora_recipes.launch import LAUNCH_VARIABLE
 from lora_recipes.model.machine import Choices
 from lora_recipes.recipe import Recipe
 from lora_recipes.redact import SECRET_VARIABLE
@@ -19,12 +20,6 @@ from lora_recipes.run_dir import RunDir, read_json, text_sha256, write_json
 from lora_recipes.train.changes import of_data, of_rows, of_versions, world_size
 from lora_recipes.trained import RUN_KEYS, flat_sections
 
-# How a launcher tells its processes what an accelerate config says, and what decides in which order numbers are added.
-LAUNCH_VARIABLE = re.compile(
-    r"(ACCELERATE|FSDP|PARALLELISM_CONFIG|FP8)_\w+|OMP_NUM_THREADS|MKL_(NUM_THREADS|CBWR|ENABLE_INSTRUCTIONS)"
-    r"|ONEDNN_(MAX_CPU_ISA|DEFAULT_FPMATH_MODE)|ATEN_CPU_CAPABILITY|CUBLAS_WORKSPACE_CONFIG|NVIDIA_TF32_OVERRIDE"
-    r"|NCCL_(ALGO|PROTO)"
-)
 # Of a run that goes on: keys that neither its weights nor its lines in metrics.jsonl depend on.
 UNHEARD = re.compile(
     r"training\.(save_(steps|strategy|total_limit)|report_to|run_name|project|trackio_.*|disable_tqdm|log_.*)"
