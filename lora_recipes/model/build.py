@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
@@ -39,7 +40,7 @@ from lora_recipes.recipe import Recipe
 from lora_recipes.recipe.vocabulary import OWNERS
 
 # A field of a wrong kind in somebody's files is whatever the library stumbles over first.
-_STUMBLES = (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
+_STUMBLES = (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, StrictDataclassError)
 _REFUSALS = (ValueError, ImportError, OSError, SafetensorError, *_STUMBLES)
 
 

@@ -175,6 +175,8 @@ def why_broken(checkpoint: Path, run: str | None, *, hashed: bool = True) -> str
 def _lacking(names: Collection[str], manifest: dict[str, Any]) -> str | None:
     """Which part of a run's state no file of a checkpoint holds; FSDP and DeepSpeed have folders of their own for it."""
     ranks = manifest.get("world_size", 1)
+    if not isinstance(ranks, int) or ranks < 1:
+        return f"a sensible number of processes (world_size is {str(ranks)[:40]})"
     parts = [
         ("the state of the optimizer", r"optimizer.*|global_step.*|pytorch_model_fsdp.*"),
         ("the schedule of the learning rate", r"scheduler\.pt|global_step.*"),

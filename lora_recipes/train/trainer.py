@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import torch
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, get_scheduler, set_seed
 from trl import SFTConfig
 
 from lora_recipes.data.find import place_of
@@ -260,7 +260,11 @@ def training_arguments(section: dict[str, Any], run_dir: RunDir) -> SFTConfig:
     values["logging_nan_inf_filter"] = False  # it would log an average in place of a loss that is not finite
     if not values.get("packing"):  # rows come tokenized, masked and cut: nothing is left for SFTTrainer to prepare
         values["dataset_kwargs"] = {"skip_prepare_dataset": True}
-    return SFTConfig(output_dir=str(run_dir.checkpoints), **values)
+    args = SFTConfig(output_dir=str(run_dir.checkpoints), **values)
+    # What a schedule does not take would be found out only when the model is there.
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+    get_scheduler(args.lr_scheduler_type, nothing, 1, 10**6, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    return args
 
 
 def _compile_layers(model: torch.nn.Module, choices: Choices) -> None:

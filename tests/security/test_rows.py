@@ -1,6 +1,7 @@
 """Bad recipes, base models and adapters: each ends with the right exit code and a message that names what is wrong."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from lora_recipes.errors import EXIT_BUG, EXIT_REFUSED, EXIT_USER, LoraRecipesError
 from lora_recipes.model.adapted import attach_adapter, check_adapter, require_change
-from lora_recipes.model.build import load_base, load_tokenizer, model_config
+from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer, model_config, refusals_of
 from lora_recipes.model.identity import base_of, require_base, write_provenance
 from lora_recipes.model.machine import choose
 from lora_recipes.model.sound import require_positions, require_vocabulary
 from lora_recipes.model.source import locate
 from lora_recipes.model.targets import find_targets
 from lora_recipes.recipe import load_recipe
+from lora_recipes.run_dir import RunDir
+from lora_recipes.train.trainer import training_arguments
 from tests.security.hostile import BOMB, KEY, Maker, _index, _linked_shard, _pickles, _torn
 
 
@@ -79,6 +82,15 @@ def adapter(rank: int = 4, **values: Any) -> Callable[[Maker], Any]:
     return lambda maker: check_adapter(maker.adapter("a", rank, **values))
 
 
+def arguments(training: dict[str, Any]) -> Callable[[Maker], Any]:
+    def run(maker: Maker) -> None:
+        read = load_recipe(maker.recipe("r", training=training))
+        with refusals_of(read, "training"):
+            training_arguments(choose(read).training, RunDir.of("r"))
+
+    return run
+
+
 M = "model: {pretrained_model_name_or_path: x}\n"
 
 RECIPES = [
@@ -98,6 +110,13 @@ RECIPES = [
     ("R7", keys(training={"learning_rate": -1}), EXIT_USER, "learning_rate"),
     ("R7", keys(training={"per_device_train_batch_size": 0}), EXIT_USER, "at least 1"),
     ("R7", keys(lora={"r": 10**9}), EXIT_USER, "at most 1024"),
+    ("R7", keys(training={"max_steps": 10**22}), EXIT_USER, "max_steps"),
+    ("R7", keys(training={"dataloader_prefetch_factor": 0}), EXIT_USER, "dataloader_prefetch_factor"),
+    ("R7", keys(merge={"max_shard_size": "foo"}), EXIT_USER, "max_shard_size"),
+    ("R7", keys(merge={"max_shard_size": "-5GB"}), EXIT_USER, "max_shard_size"),
+    ("R7", keys(merge={"max_shard_size": "1.5 GiB"}), 0, ""),
+    ("R8", arguments({"lr_scheduler_kwargs": {"a": 1}}), EXIT_USER, "`training` is refused by trl.SFTConfig"),
+    ("R8", keys(training={"metric_for_best_model": "zzz"}), EXIT_USER, "which no evaluation measures"),
     ("R8", keys(training={"fp16": True, "bf16": True}), EXIT_USER, "fp16"),
     (
         "R8",
@@ -151,9 +170,38 @@ def _tokenizer(**changes: Any) -> Callable[[Maker, str], Path]:
         values = json.loads((folder / "tokenizer_config.json").read_text())
         values = {key: value for key, value in (values | changes).items() if value is not None}
         (folder / "tokenizer_config.json").write_text(json.dumps(values))
+        if "chat_template" in changes:
+            (folder / "chat_template.jinja").unlink(missing_ok=True)
         return folder
 
     return make
+
+
+def _integers(tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.to(torch.int8)
+
+
+def _dead_layer(tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if "layers.1." in name:
+            tensor.zero_()
+
+
+def positions(most: Any) -> Callable[[Maker], Any]:
+    def run(maker: Maker) -> None:
+        read = load_recipe(maker.recipe("r", maker.model("m", {"max_position_embeddings": most})))
+        require_positions(read, model_config(read, locate(read)), 100, None)
+
+    return run
+
+
+def ends(generation: dict[str, Any]) -> Callable[[Maker], Any]:
+    def run(maker: Maker) -> None:
+        read = load_recipe(maker.recipe("r", maker.model("m", generation_config__json=json.dumps(generation))))
+        end_token_ids(read, locate(read), load_tokenizer(read, locate(read)))
+
+    return run
 
 
 MODELS = [
@@ -182,6 +230,16 @@ MODELS = [
     ("M8", config(model_type="mixtral"), EXIT_REFUSED, "mlp.experts"),  # experts can be trained; these are not there
     ("M8", config(model_type="clip", architectures=["CLIPModel"]), EXIT_USER, "no causal language model"),
     ("M8", config(model_type="nobody_knows"), EXIT_USER, "nobody_knows"),
+    ("M8", config(hidden_size="64"), EXIT_USER, "hidden_size"),
+    ("M8", config(num_attention_heads=0), EXIT_USER, "ZeroDivisionError"),
+    ("M8", config(model_type=["llama"]), EXIT_USER, "`model` is refused"),
+    ("M8", positions("x"), EXIT_USER, "max_position_embeddings"),
+    ("M5", model(_tokenizer(eos_token=5)), EXIT_USER, "`model` is refused"),
+    ("M5", model(_tokenizer(chat_template=5)), EXIT_USER, "chat template of this tokenizer is '5'"),
+    ("M5", ends({"eos_token_id": "x"}), EXIT_USER, "`eos_token_id` holds 'x'"),
+    ("M5", ends({"eos_token_id": [[2]]}), EXIT_USER, "`eos_token_id` holds '[2]'"),
+    ("M7", model(_changed(_integers)), EXIT_REFUSED, "every matrix of"),
+    ("M7", model(_changed(_dead_layer)), EXIT_REFUSED, "(model.layers.1)"),
     ("M9", model(lambda maker, name: maker.adapter(name)), EXIT_REFUSED, "is an adapter, not a model"),
 ]
 
@@ -207,6 +265,18 @@ def _attached(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Mak
         change(tensors)
         save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
         attach_adapter(loaded(maker.recipe("r", maker.model("m"))), folder)
+
+    return run
+
+
+def _attaching(**values: Any) -> Callable[[Maker], Any]:
+    return lambda maker: attach_adapter(loaded(maker.recipe("r", maker.model("m"))), maker.adapter("a", **values))
+
+
+def targeting(lora: dict[str, Any]) -> Callable[[Maker], Any]:
+    def run(maker: Maker) -> None:
+        read = load_recipe(maker.recipe("r", lora=lora))
+        find_targets(read, model_config(read, locate(read)))
 
     return run
 
@@ -238,6 +308,25 @@ ADAPTERS = [
     ("A4", adapter(peft_type="EVIL"), EXIT_USER, "`peft_type` is 'EVIL'"),
     ("A4", adapter(unknown=1), EXIT_REFUSED, "is no field of peft.LoraConfig"),
     ("A5", lambda maker: loaded(maker.recipe("r", lora={"target_modules": ["nothing"]})), EXIT_USER, "q_proj"),
+    ("A5", targeting({"target_modules": "((("}), EXIT_USER, "is no pattern"),
+    ("A5", targeting({"target_modules": "(.+)+!"}), EXIT_USER, "takes more than"),
+    ("A5", targeting({"rank_pattern": {"(.+)+!": 4}}), EXIT_USER, "takes more than"),
+    ("A5", targeting({"trainable_token_indices": [10**11]}), EXIT_USER, "the model has embeddings of 0 to"),
+    ("A4", adapter(peft_version="9" * 5000, new=1), EXIT_USER, "upgrade PEFT"),
+    ("A4", adapter(task_type="EVIL"), EXIT_REFUSED, "`task_type` is 'EVIL'"),
+    ("A4", adapter(task_type="SEQ_CLS"), EXIT_REFUSED, "recipes train CAUSAL_LM"),
+    ("A4", adapter(layer_replication=[[0, math.nan]]), EXIT_REFUSED, "`layer_replication`"),
+    ("A4", adapter(layer_replication=[[5, 0]]), EXIT_REFUSED, "`layer_replication`"),
+    ("A4", adapter(modules_to_save=5), EXIT_REFUSED, "`modules_to_save` is 5"),
+    ("A4", adapter(target_modules=5), EXIT_REFUSED, "`target_modules` is 5"),
+    ("A4", adapter(exclude_modules=5), EXIT_REFUSED, "`exclude_modules` is 5"),
+    ("A4", adapter(init_lora_weights="evil"), EXIT_REFUSED, "`init_lora_weights` is 'evil'"),
+    ("A4", adapter(layers_to_transform="x"), EXIT_REFUSED, "`layers_to_transform` is 'x'"),
+    ("A3", _attaching(modules_to_save=["lm_head"]), EXIT_REFUSED, "not an adapter of this model"),
+    ("A2", _attaching(rank_pattern={"q_proj": 8}), EXIT_REFUSED, "size mismatch"),
+    ("A4", _attaching(trainable_token_indices=[10**12]), EXIT_REFUSED, "not an adapter of this model"),
+    ("A4", _attaching(layers_pattern=["((("]), EXIT_REFUSED, "not an adapter of this model"),
+    ("A4", _attaching(arrow_config={"x": 1}), EXIT_REFUSED, "adapter"),
     ("A6", _attached(lambda t: t[KEY.format("A")].fill_(float("nan"))), EXIT_REFUSED, "NaN"),
     ("A6", _untrained, EXIT_REFUSED, "changes nothing"),
 ]

@@ -1,0 +1,152 @@
+"""A run folder that somebody else wrote in: nothing of it runs, nothing outside of it is touched, and one message says what is wrong."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from lora_recipes.cli import main
+from lora_recipes.errors import EXIT_DONE, EXIT_REFUSED, EXIT_USER
+from lora_recipes.run_dir import RunDir, read_json, write_json
+from lora_recipes.train import launch
+from tests.security.hostile import CANARY
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture
+def run_dir(
+    write_recipe: Callable[..., Path], workdir: Path, trained: Path, quick_proof: None, tiny_data: dict[str, str]
+) -> RunDir:
+    """A complete run with two checkpoints: trained once, copied for each test."""
+    path = write_recipe(training={"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2})
+    if not (trained / "outputs").is_dir():
+        assert launch(str(path), []) == 0
+        shutil.copytree(workdir / "outputs", trained / "outputs", symlinks=True)
+        shutil.copy(path, trained / path.name)
+    shutil.rmtree(workdir / "outputs", ignore_errors=True)
+    shutil.copytree(trained / "outputs", workdir / "outputs", symlinks=True)
+    shutil.copy(trained / path.name, path)
+    return RunDir.of("tiny")
+
+
+def refused(capsys: pytest.CaptureFixture, words: list[str], said: str, code: int = EXIT_REFUSED) -> None:
+    found, told = main(words), " ".join(capsys.readouterr().err.split())
+    assert (found, said in told) == (code, True), told
+
+
+BROKEN: dict[str, bytes] = {
+    "cut": b'{"state": "comp',
+    "a list": b"[]",
+    "no text": b"\xff\xfe{}",
+    "nested": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize(
+    "name", ["status.json", "manifest.json", "parity.json", "evaluation.json", "generations.jsonl"]
+)
+def test_a_file_that_is_not_what_was_written_is_named(
+    name: str, content: bytes, run_dir: RunDir, capsys: pytest.CaptureFixture
+):
+    (run_dir.root / name).write_bytes(content)
+    verb = "merge" if name == "manifest.json" else "status"
+    refused(capsys, [verb, "tiny.yaml"], f"{run_dir.root / name}: is not what was written there")
+    assert main(["status", "tiny.yaml", "--json"]) in (EXIT_DONE, EXIT_REFUSED)
+    assert json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("manifest.json", {"data": 5}),
+        ("manifest.json", {"tokens": []}),
+        ("manifest.json", {"world_size": "x"}),
+        ("manifest.json", {"launch": 5}),
+        ("manifest.json", {"published": []}),
+        ("status.json", {"diagnosis": "x"}),
+    ],
+)
+def test_a_value_of_another_kind_is_named(
+    name: str, values: dict[str, Any], run_dir: RunDir, capsys: pytest.CaptureFixture
+):
+    write_json(run_dir.root / name, read_json(run_dir.root / name) | values)
+    verb = ["status", "tiny.yaml"] if name == "status.json" else ["reproduce", str(run_dir.root)]
+    refused(capsys, verb, f"`{next(iter(values))}` is ")
+
+
+@pytest.mark.promise("F21")
+def test_a_repetition_takes_no_variable_that_could_run_code(
+    run_dir: RunDir, workdir: Path, capsys: pytest.CaptureFixture
+):
+    (workdir / "evil").mkdir()
+    (workdir / "evil" / "sitecustomize.py").write_text(f"open({str(workdir / CANARY)!r}, 'w').close()")
+    manifest = read_json(run_dir.manifest)
+    for name, value in (("PYTHONPATH", str(workdir / "evil")), ("LD_PRELOAD", "evil.so"), ("OMP_NUM_THREADS", 1)):
+        launched = manifest["launch"] | {"environment": {name: value}}
+        write_json(run_dir.manifest, manifest | {"launch": launched})
+        refused(capsys, ["reproduce", str(run_dir.root)], f"`launch.environment` sets {name!r}")
+    assert not (workdir / CANARY).exists()
+
+
+def test_what_somebody_links_to_is_neither_written_nor_deleted(
+    run_dir: RunDir, workdir: Path, capsys: pytest.CaptureFixture
+):
+    elsewhere = workdir / "elsewhere"
+    elsewhere.mkdir()
+    precious = elsewhere / "other.safetensors"
+    precious.write_text("mine")
+    (run_dir.root / ".merged.staging").symlink_to(elsewhere)
+    assert main(["merge", "tiny.yaml"]) == 0
+    assert [file.name for file in elsewhere.iterdir()] == [precious.name] and precious.read_text() == "mine"
+    assert run_dir.merged.is_dir() and not run_dir.merged.is_symlink()
+    shutil.rmtree(run_dir.merged)
+    run_dir.lock.unlink()
+    run_dir.lock.symlink_to(precious)
+    refused(capsys, ["merge", "tiny.yaml"], ".lock: is a link or a folder")
+    assert precious.read_text() == "mine"
+
+
+def test_an_adapter_whose_checksums_are_gone_is_refused(run_dir: RunDir, capsys: pytest.CaptureFixture):
+    weights = run_dir.adapter / "adapter_model.safetensors"
+    tensors = {name: tensor + 1 for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, {"format": "pt"})
+    (run_dir.adapter / "SHA256SUMS").unlink()
+    for words in (["merge"], ["generate"], ["push", "hub.repo_id=me/x", "--dry_run"]):
+        refused(capsys, [words[0], "tiny.yaml", *words[1:]], "SHA256SUMS: is gone")
+    (run_dir.adapter / "SHA256SUMS").write_bytes(b"\xff\xfe")
+    refused(capsys, ["push", "tiny.yaml", "hub.repo_id=me/x", "--dry_run"], "is no list of checksums")
+
+
+@pytest.mark.parametrize("ranks", [10**9, "x", -1, None])
+def test_a_checkpoint_of_impossible_ranks_is_passed_over_at_once(
+    ranks: Any, run_dir: RunDir, capsys: pytest.CaptureFixture
+):
+    shutil.rmtree(run_dir.adapter)
+    newest = max(run_dir.checkpoints.glob("checkpoint-*"))
+    manifest = json.loads((newest / "manifest.json").read_text())
+    (newest / "manifest.json").write_text(json.dumps(manifest | {"world_size": ranks}))
+    assert launch("tiny.yaml", []) == 0
+    assert f"Skipping {newest}" in " ".join(capsys.readouterr().err.split())
+    assert run_dir.adapter.is_dir()
+
+
+def test_a_pipe_among_data_files_is_no_data(
+    write_recipe: Callable[..., Path], tiny_data: dict[str, str], workdir: Path
+):
+    folder = workdir / "rows"
+    folder.mkdir()
+    shutil.copy(tiny_data["train"], folder / "a.jsonl")
+    os.mkfifo(folder / "b.jsonl")
+    (folder / "c.jsonl").mkdir()
+    path = write_recipe(dataset={"data_files": str(folder), "eval_split": 0.2})
+    assert main(["audit", str(path)]) in (EXIT_DONE, EXIT_USER)
