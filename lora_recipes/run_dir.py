@@ -27,7 +27,7 @@ FEWEST_CHECKPOINTS = 2  # that stay, whatever the limit: the newest may turn out
 KINDS: dict[str, dict[str, Any]] = {
     "manifest.json": {"world_size": int, "run": str}
     | dict.fromkeys(("data", "tokens", "base", "versions", "launch", "machine", "chosen", "published", "files"), dict),
-    "status.json": {"state": str, "reason": str, "diagnosis": list},
+    "status.json": {"state": str, "reason": str, "diagnosis": dict},
     "evaluation.json": {"scores": dict},
     "provenance.json": {"base": dict},
 }

@@ -118,6 +118,7 @@ TRAINING_COMPANIONS: dict[str, dict[str, Any]] = {
     "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
     "load_best_model_at_end": {"eval_strategy": "epoch", "save_strategy": "epoch"},
     "bf16": {"use_cpu": True},
+    "lr_scheduler_kwargs": {"lr_scheduler_type": "cosine_with_restarts"},  # the linear one takes none
     # On a CPU each layer is compiled instead: tests/train/test_steps.py.
     **{key: {"use_cpu": False} for key in COMPILE_KEYS},
 }
