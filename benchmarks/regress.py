@@ -107,7 +107,7 @@ def main() -> None:
 
     process.prepare()
     facts = results.machine()
-    kind = "amx" if facts["amx"] else "no amx"
+    kind = f"{facts['vendor']}, {'with' if facts['amx'] else 'without'} AMX"
     found = measure()
     kept = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
     stored = kept.get(kind, {}).get("ratios", {})
@@ -118,7 +118,7 @@ def main() -> None:
         FILE.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         return
     if not stored:
-        sys.exit(f"{FILE.name} has no ratios of a CPU with {kind}; store some with --store")
+        sys.exit(f"{FILE.name} has no ratios of a CPU of {kind}; store some with --store")
     complaints = slower(found, stored, args.tolerance)
     sys.exit("\n".join(complaints) if complaints else 0)
 

@@ -20,10 +20,14 @@ def machine() -> Row:
     """What a figure depends on, without importing torch."""
     path = Path("/proc/cpuinfo")
     facts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    named = next((line.partition(":")[2].strip() for line in facts if line.startswith("model name")), "")
+    named, vendor = (
+        next((line.partition(":")[2].strip() for line in facts if line.startswith(what)), "")
+        for what in ("model name", "vendor_id")
+    )
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": named or platform.processor() or platform.machine(),
+        "vendor": vendor,
         "cores": os.cpu_count(),
         "cores_allowed": allowed,
         "amx": any("amx_bf16" in line.split() for line in facts if line.startswith("flags")),

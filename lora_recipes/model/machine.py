@@ -78,8 +78,13 @@ def this_gpu() -> Gpu:
 
 
 def multiplies_bf16() -> bool:
-    """Whether this CPU has matrix units for bf16 (AMX); one without computes bf16 at half the speed of float32."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    """Whether this CPU multiplies matrices of bf16 faster than of float32: with AMX, or from AMD with AVX512-BF16 (Zen 4, Zen 5).
+
+    Intel's AVX512-BF16 without AMX is half as fast as its float32, and AMD's several times as fast: `make bench` measures both
+    types (docs/performance.md). It is a rule and not a measurement, so that a run that goes on never finds another type.
+    """
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("amx_bf16") or (has.get("avx512_bf16") and str(has.get("cpu_name")).startswith("AMD")))
 
 
 def on_cpu(recipe: Recipe) -> bool:
@@ -150,12 +155,12 @@ def _choose_for_cpu(recipe: Recipe, choices: Choices, to_train: bool) -> None:
         training["bf16"] = False  # SFTConfig's own default is true and needs a GPU
         choices.made.append(Choice("dtype", "float32", "the recipe does not ask for bf16"))
     elif multiplies_bf16():
-        choices.made.append(Choice("dtype", "bf16 autocast", "training.bf16 is true, and this CPU has AMX"))
+        choices.made.append(Choice("dtype", "bf16 autocast", "training.bf16 is true, and this CPU is fast at it"))
     elif asked:
         choices.made.append(Choice("dtype", "bf16 autocast", "training.bf16 and training.use_cpu are both true"))
     else:
         training["bf16"] = False
-        why = "float32 is the faster type on a CPU without AMX (training.use_cpu=true keeps bf16)"
+        why = "float32 is the faster type on this CPU (training.use_cpu=true keeps bf16)"
         choices.made.append(Choice("dtype", "float32 instead of bf16", why))
     if not training["bf16"] and choices.quantization.get("bnb_4bit_compute_dtype") in ("bfloat16", "float16"):
         choices.quantization["bnb_4bit_compute_dtype"] = "float32"

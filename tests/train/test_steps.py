@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from lora_recipes.model import machine
 from lora_recipes.model.machine import choose
 from lora_recipes.model.precision import cast_frozen
 from lora_recipes.plan import Estimate, config_of, target_for
@@ -135,14 +134,24 @@ def test_weights_stay_as_they_are_where_more_than_lora_is_trained(
     assert {parameter.dtype for parameter in made.model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("amx", [True, False])
-def test_bf16_is_kept_on_a_cpu_that_multiplies_it(
-    amx: bool, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("capabilities", "fast"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon Platinum 8481C"}, True),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC 9654"}, True),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon Platinum 8481C"}, False),  # as a virtual machine without AMX
+        ({"avx512_bf16": False, "cpu_name": "AMD EPYC 7763"}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_bf16_is_kept_on_a_cpu_that_is_fast_at_it(
+    capabilities: dict[str, Any], fast: bool, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(machine, "multiplies_bf16", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     choices = choose(load_recipe(write_recipe(training={"bf16": True}, quantization=NF4)))
-    assert choices.training["bf16"] is amx
-    assert (choices.quantization["bnb_4bit_compute_dtype"] == "float32") is not amx
+    assert choices.training["bf16"] is fast
+    assert (choices.quantization["bnb_4bit_compute_dtype"] == "float32") is not fast
     assert choose(load_recipe(write_recipe(training={"bf16": False}))).training["bf16"] is False
 
 
