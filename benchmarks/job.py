@@ -99,9 +99,10 @@ WAITING = (
 
 
 def measure(options: Options, command: str) -> None:
-    """All rounds; every row is kept as soon as it is taken."""
+    """All rounds; every row is kept as soon as it is taken. Rows of another machine are not: none could be paired with them."""
     kept = results.read().get(options.section, {})
-    found: Row = {"machine": results.begun(command), "rows": kept.get("rows", [])}
+    found: Row = {"machine": results.begun(command)}
+    found["rows"] = kept["rows"] if kept and results.same_machine(kept["machine"], found["machine"]) else []
     found["asked"] = {"steps": options.steps, "rounds": options.rounds, "cores": options.cores}
     found["rates"] = {dtype: rate.measured(dtype, options.cores) for dtype in ("float32", "bfloat16")}
     found["weights"] = weights_of(peers.opened(options.lab).base)

@@ -55,6 +55,11 @@ def ended(facts: Row) -> Row:
     return facts | {"load_after": os.getloadavg()[0], "ended": _now()}
 
 
+def same_machine(one: Row, other: Row) -> bool:
+    """Whether figures of both can stand in one table."""
+    return all(one.get(key) == other.get(key) for key in ("cpu", "cores", "amx", "torch"))
+
+
 def described(facts: Row) -> str:
     """The facts in one line of Markdown."""
     amx = "with AMX" if facts["amx"] else "without AMX"

@@ -146,6 +146,12 @@ def test_sections_are_replaced_one_by_one(tmp_path: Path):
     assert results.read(file) == {"job": {"rows": [3]}, "data": {"figures": 2}}
 
 
+def test_rows_of_another_machine_stand_in_no_table_of_this_one():
+    here = results.machine()
+    assert results.same_machine(here | {"load_before": 9.0}, here)
+    assert not results.same_machine(here | {"cpu": "another"}, here)
+
+
 def test_a_table_is_written_between_its_marks(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- data -->\nold\n<!-- /data -->\nafter\n")
