@@ -14,7 +14,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_recipes import process
 from lora_recipes.data.load import LoadedData
 from lora_recipes.data.questions import questions
 from lora_recipes.data.rerender import Sample, differing, samples
@@ -25,7 +24,7 @@ from lora_recipes.model.build import load_merged
 from lora_recipes.model.compare import Row, differences, prompt_row, record, trained_row
 from lora_recipes.model.folder import require_sums
 from lora_recipes.model.machine import Choices, peak_rss_bytes
-from lora_recipes.model.quantizer import leave_out_unless_needed
+from lora_recipes.model.quantizer import begin_without
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import file_sha256
 
@@ -128,12 +127,7 @@ def template_samples(data: LoadedData) -> list[Sample]:
 def fresh_process(recipe: Recipe) -> Executor:
     """An interpreter of its own (`spawn`), which shares nothing with this one but the files."""
     spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin, initargs=(recipe,))
-
-
-def _begin(recipe: Recipe) -> None:
-    process.prepare()
-    leave_out_unless_needed(recipe)
+    return ProcessPoolExecutor(1, mp_context=spawn, initializer=begin_without, initargs=(recipe,))
 
 
 def prove(proof: Proof) -> dict[str, Any]:

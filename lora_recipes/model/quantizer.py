@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from lora_recipes import process
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import read_json
 
@@ -21,6 +22,13 @@ def leave_out_unless_needed(recipe: Recipe) -> None:
     """
     if not is_needed(recipe):
         sys.modules.setdefault(NAME, None)  # type: ignore[arg-type]
+
+
+def begin_without(recipe: Recipe) -> None:
+    """Begin a process of its own for a step of this recipe. It is here since a process imports a function's module to call
+    it, and most others import PEFT."""
+    process.prepare()
+    leave_out_unless_needed(recipe)
 
 
 def is_needed(recipe: Recipe) -> bool:

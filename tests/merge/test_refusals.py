@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lora_recipes.merge.weights import write_weights
 from lora_recipes.model.folder import require_sums
 from lora_recipes.model.identity import base_of
 from lora_recipes.model.source import Source
+from tests.conftest import NF4
 from tests.merge.toys import WHOLE, edit, make_adapter, make_base, plan, recipe_on, require_same, streamed
 
 WEIGHTS = "adapter_model.safetensors"
@@ -336,6 +338,16 @@ def test_a_proof_that_is_killed_is_told_from_one_that_ends_by_a_bug(base: Path, 
         in_fresh_process(os._exit, 7, recipe, tmp_path)
     with pytest.raises(ZeroDivisionError):
         in_fresh_process(divmod_by_zero, 1, recipe, tmp_path)
+
+
+def test_a_proof_imports_bitsandbytes_only_where_the_recipe_needs_it(base: Path, tmp_path: Path):
+    """Seconds of every merge: its process must know before PEFT is imported."""
+    assert in_fresh_process(is_left_out, "bitsandbytes", recipe_on(base), tmp_path)
+    assert not in_fresh_process(is_left_out, "bitsandbytes", recipe_on(base, quantization=NF4), tmp_path)
+
+
+def is_left_out(name: str) -> bool:
+    return sys.modules.get(name, sys) is None
 
 
 def divmod_by_zero(number: int) -> float:
