@@ -1,0 +1,89 @@
+"""Rules of answers: how they are generated, and what is asked of them."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
+
+from lora_recipes.recipe.rules.finding import Finding, Values, sources_of
+
+ASKED = ("contains", "equals", "regex", "json", "stops", "differs_from_base")  # what a prompt of `checks` may ask
+
+
+def generation(values: Values) -> Iterator[Finding]:
+    generation = values.get("generation")
+    if generation is None:
+        return
+    if not generation.get("max_new_tokens"):
+        yield Finding(
+            "generation.max_new_tokens",
+            "is missing: an answer that never ends needs a limit",
+            "write `max_new_tokens: 128`",
+        )
+    sampling = [key for key in ("temperature", "top_p", "top_k") if generation.get(key) is not None]
+    if sampling and not generation.get("do_sample"):
+        yield Finding(
+            f"generation.{sampling[0]}",
+            "has no effect without `generation.do_sample: true`",
+            "set do_sample, or drop it",
+        )
+
+
+def checks(values: Values) -> Iterator[Finding]:
+    """What could only fail, or could never fail, is told before anything is trained."""
+    checks, generation = values.get("checks", {}), values.get("generation", {})
+    held_out = any(source.get("eval_split") for _, source in sources_of(values))
+    if checks.get("scores") and (not held_out or generation.get("max_rows") == 0):
+        reason = "`generation.max_rows` is 0" if held_out else "no source has a `dataset.eval_split`"
+        yield Finding(
+            "checks.scores", f"cannot be measured: {reason}, so no row is answered", "hold rows out, or drop it"
+        )
+    for number, entry in enumerate(checks.get("prompts", [])):
+        key = f"checks.prompts.{number}"
+        if not any(entry.get(name, name == "stops") is not False for name in ASKED):
+            yield Finding(key, "asks nothing of the answer", f"add one of {', '.join(ASKED)}")
+        if not (entry.get("max_new_tokens") or generation.get("max_new_tokens")):
+            yield Finding(
+                key,
+                "has no limit: an answer that never ends needs one",
+                "write `max_new_tokens: 128` here, or in `generation` for all prompts",
+            )
+        if "regex" in entry and (why := _regex_fault(entry["regex"])):
+            yield Finding(f"{key}.regex", f"is no regular expression: {why}", "see Python's `re` for the syntax")
+        if isinstance(entry.get("json"), dict) and (why := _schema_fault(entry["json"])):
+            yield Finding(f"{key}.json", f"is no JSON schema: {why}", "write `true` where any JSON will do")
+
+
+def _regex_fault(pattern: str) -> str | None:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        return str(error)
+    return None
+
+
+def _schema_fault(schema: dict[str, Any]) -> str | None:
+    """Why a JSON schema cannot be used. What it refers to must be in itself: nothing is fetched."""
+    try:
+        Draft202012Validator.check_schema(schema)
+        whole = Registry().with_resource("", DRAFT202012.create_resource(schema)).resolver()
+        for reference in _references(schema):
+            whole.lookup(reference)
+    except SchemaError as error:
+        return f"{error.json_path}: {error.message}"
+    except Unresolvable as error:
+        return f"{error.ref!r} is not in it"
+    return None
+
+
+def _references(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield from (value[name] for name in ("$ref", "$dynamicRef") if isinstance(value.get(name), str))
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    for child in children:
+        yield from _references(child)
