@@ -12,13 +12,13 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from lora_recipes.recipe.refused import REFUSED
 from lora_recipes.recipe.vocabulary import (
     BOUNDS,
     HUB_KEYWORDS,
     MODEL_KEYWORDS,
     OWN_KEYS,
     OWNERS,
-    REFUSED,
     SAVE_KEYWORDS,
     TYPES,
 )

@@ -15,8 +15,9 @@ from jsonschema import Draft202012Validator, validators
 from lora_recipes.errors import EXIT_REFUSED
 from lora_recipes.recipe.nodes import Node
 from lora_recipes.recipe.problem import Problem
+from lora_recipes.recipe.refused import REFUSED, RENAMED
 from lora_recipes.recipe.rules import rule_problems
-from lora_recipes.recipe.vocabulary import OWNERS, REFUSED, RENAMED
+from lora_recipes.recipe.vocabulary import OWNERS
 from lora_recipes.redact import find_secret
 
 SECRET_NAME = re.compile(r"(^|_)(token|secret|password|api_?key)$", re.IGNORECASE)

@@ -8,8 +8,9 @@ import pytest
 from lora_recipes.errors import EXIT_REFUSED, EXIT_USER
 from lora_recipes.recipe import InvalidRecipe, load_recipe
 from lora_recipes.recipe.check import schema, section_keys
+from lora_recipes.recipe.refused import REFUSED, RENAMED
 from lora_recipes.recipe.rules import RULES
-from lora_recipes.recipe.vocabulary import OWNERS, REFUSED, RENAMED
+from lora_recipes.recipe.vocabulary import OWNERS
 
 BASE = """\
 model:
