@@ -99,10 +99,9 @@ WAITING = (
 
 
 def measure(options: Options, command: str) -> None:
-    """All rounds; every row is kept as soon as it is taken. Rows of another machine are not: none could be paired with them."""
-    kept = results.read().get(options.section, {})
+    """All rounds; every row is kept as soon as it is taken."""
     found: Row = {"machine": results.begun(command)}
-    found["rows"] = kept["rows"] if kept and results.same_machine(kept["machine"], found["machine"]) else []
+    found["rows"] = results.kept_here(options.section, found["machine"]).get("rows", [])
     found["asked"] = {"steps": options.steps, "rounds": options.rounds, "cores": options.cores}
     found["rates"] = {dtype: rate.measured(dtype, options.cores) for dtype in ("float32", "bfloat16")}
     found["weights"] = weights_of(peers.opened(options.lab).base)

@@ -55,11 +55,6 @@ def ended(facts: Row) -> Row:
     return facts | {"load_after": os.getloadavg()[0], "ended": _now()}
 
 
-def same_machine(one: Row, other: Row) -> bool:
-    """Whether figures of both can stand in one table."""
-    return all(one.get(key) == other.get(key) for key in ("cpu", "cores", "amx", "torch"))
-
-
 def described(facts: Row) -> str:
     """The facts in one line of Markdown."""
     amx = "with AMX" if facts["amx"] else "without AMX"
@@ -75,6 +70,13 @@ def described(facts: Row) -> str:
 def read(file: Path = FILE) -> dict[str, Row]:
     """All sections; none where nothing was measured yet."""
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def kept_here(section: str, facts: Row, file: Path = FILE) -> Row:
+    """A section as far as it was measured on this machine: figures of two machines stand in no table together."""
+    found = read(file).get(section, {})
+    same = found and all(found["machine"].get(key) == facts[key] for key in ("cpu", "cores", "amx", "torch"))
+    return found if same else {}
 
 
 def keep(section: str, found: Row, file: Path = FILE) -> None:

@@ -144,8 +144,9 @@ def _measure_memory(args: argparse.Namespace, command: str) -> None:
 def _measure_scaling(args: argparse.Namespace, command: str) -> None:
     def keep(part: dict[str, Any]) -> None:
         facts = results.ended(results.begun(command))
-        kept = results.read().get("scaling", {}).get("figures", {})
-        results.keep("scaling", {"machine": facts, "figures": kept | part})
+        results.keep(
+            "scaling", {"machine": facts, "figures": results.kept_here("scaling", facts).get("figures", {}) | part}
+        )
 
     scaling.measure(args.only, keep)
 

@@ -146,10 +146,12 @@ def test_sections_are_replaced_one_by_one(tmp_path: Path):
     assert results.read(file) == {"job": {"rows": [3]}, "data": {"figures": 2}}
 
 
-def test_rows_of_another_machine_stand_in_no_table_of_this_one():
-    here = results.machine()
-    assert results.same_machine(here | {"load_before": 9.0}, here)
-    assert not results.same_machine(here | {"cpu": "another"}, here)
+def test_rows_of_another_machine_stand_in_no_table_of_this_one(tmp_path: Path):
+    file, here = tmp_path / "results.json", results.machine()
+    results.keep("job", {"machine": here | {"load_before": 9.0}, "rows": [1]}, file)
+    assert results.kept_here("job", here, file)["rows"] == [1]
+    assert results.kept_here("job", here | {"cpu": "another"}, file) == {}
+    assert results.kept_here("data", here, file) == {}
 
 
 def test_a_table_is_written_between_its_marks(tmp_path: Path):
