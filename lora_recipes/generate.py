@@ -70,6 +70,8 @@ def generate(recipe: Recipe, *, force: bool = False, served: bool = False) -> di
         given["merged"] = answers(load_merged(run_dir.merged, recipe, choices), "merged")
     if served:
         bounds = [limit or config.max_new_tokens for limit in limits]
+        if config.max_time is not None:
+            console.say("note: a server is asked for no generation.max_time", "yellow")
         given["served"] = _served(run_dir, asked, bounds, given["merged"], tokenizer)
     rows = _rows(asked, given, _signs(data, stop_strings(config)), run_dir.evidence())
     write_jsonl(run_dir.generations, rows)

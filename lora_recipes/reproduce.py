@@ -1,5 +1,6 @@
 """`reproduce`: trains a run again, in a folder of its own, from what its run folder holds, and compares to the last bit."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lora_recipes.recipe.load import name_problems
 from lora_recipes.run_dir import Locked, RunDir, read_json, write_json, write_text
 
 SUFFIX = ".reproduced"
+NEEDED = ("run", "recipe", "base", "chosen", "machine", "world_size", "launch", "published")  # in manifest.json
 FOUND = "reproduced.json"  # in the folder of the repetition
 SHOWN = 3  # names of tensors in a message
 # On another machine, or with other versions, numbers are rounded otherwise: each loss may then be off by this much, and all
@@ -75,10 +77,14 @@ def _repeatable(original: RunDir) -> dict[str, Any]:
     state = read_json(original.status).get("state")
     if state != "complete":
         raise RunError(f"{original.root}: only a complete run can be repeated, this one is {state or 'not started'}")
-    if "published" not in manifest or "launch" not in manifest:
+    if lacking := [name for name in NEEDED if name not in manifest]:
         raise RunError(
-            f"{original.manifest}: does not say by what hashes a repetition would be known; the run was made by an earlier "
-            "version of lora-recipes. Train it again with --fresh, then it can be repeated"
+            f"{original.manifest}: lacks {', '.join(lacking)}, by which a repetition would be made and known: an earlier version "
+            "of lora-recipes wrote it, or somebody changed it. Train the run again with --fresh, then it can be repeated"
+        )
+    if manifest["world_size"] > (most := max(os.cpu_count() or 1, len(list(Path("/dev").glob("nvidia[0-9]*"))))):
+        raise MachineError(
+            f"{original.manifest}: {manifest['world_size']} processes, and this machine has {most} cores"
         )
     reasons = list(manifest.get("accepted_changes", []))
     reasons += [f"{name}: was changed while it ran" for name in manifest.get("changed_on_the_way", [])]

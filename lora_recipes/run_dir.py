@@ -17,20 +17,13 @@ from typing import Any, TextIO
 from weakref import WeakSet
 
 from lora_recipes.errors import BrokenFile, MachineError, RefusedError, RunError
+from lora_recipes.records import fault
 from lora_recipes.redact import redacted
 
 SUMS = "SHA256SUMS"  # in a published folder; the format of coreutils: `sha256sum -c SHA256SUMS` checks it
 OUTPUTS = Path("outputs")  # relative to the working folder, like every path a recipe names
 BLOB = 64  # letters of a sha256; the hub's cache calls the blobs of large files by theirs
 FEWEST_CHECKPOINTS = 2  # that stay, whatever the limit: the newest may turn out broken
-# What stands in these files is of these kinds, where it stands there at all.
-KINDS: dict[str, dict[str, Any]] = {
-    "manifest.json": {"world_size": int, "run": str}
-    | dict.fromkeys(("data", "tokens", "base", "versions", "launch", "machine", "chosen", "published", "files"), dict),
-    "status.json": {"state": str, "reason": str, "diagnosis": dict},
-    "evaluation.json": {"scores": dict},
-    "provenance.json": {"base": dict},
-}
 READABLE = 0o666  # mode of files, of which the umask takes its share
 
 
@@ -131,7 +124,10 @@ class RunDir:
 
         Raises:
             MachineError: the folder cannot be created or written to.
+            RunError: what a step publishes there would lie behind a link.
         """
+        for folder in (self.adapter, self.merged, self.combined, self.exports):
+            require_no_link(folder)
         probe = self.root / f".writable-{os.getpid()}"  # each rank probes
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -311,18 +307,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} when there is no such file.
 
     Raises:
-        BrokenFile: it holds something else, or in a place of `KINDS` something of another kind.
+        BrokenFile: it holds something else (`lora_recipes.records`).
     """
     if not path.is_file():
         return {}
     try:
-        found = _object(json.loads(path.read_text(encoding="utf-8")))
-        for key, kind in KINDS.get(path.name, {}).items():
-            if not isinstance(found.get(key), kind | None):
-                raise ValueError(f"`{key}` is {str(found[key])[:40]!r}")
+        return _checked(path, path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise _broken(path, error) from None
-    return found
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -331,21 +323,25 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         with path.open(encoding="utf-8") as stream:  # `splitlines` would also cut where a text holds U+2028 or U+0085
-            return [_object(json.loads(line)) for line in stream]
+            return [_checked(path, line) for line in stream]
     except (ValueError, RecursionError) as error:
         raise _broken(path, error) from None
 
 
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{str(value)[:40]!r} is no object")
+def _checked(path: Path, text: str) -> dict[str, Any]:
+    """The object that a file, or a line of it, holds. Raises ValueError where it is none, or none of that file's."""
+    value: dict[str, Any] = json.loads(text)
+    if why := fault(path.name, value):
+        raise ValueError(why)
     return value
 
 
 def _broken(path: Path, error: Exception) -> BrokenFile:
+    begins = path.name == "manifest.json"
+    after = "; without it a run starts over with --fresh, which moves its folder aside" if begins else ""
     return BrokenFile(
-        f"{path}: is not what was written there ({error}): it was cut off, or somebody changed it. Put it back, or delete it; a "
-        "run whose manifest.json is gone starts over with --fresh, which moves its folder aside"
+        f"{path}: is not what was written there ({error}): it was cut off, or somebody changed it. Put it back, or delete "
+        f"it{after}"
     )
 
 
@@ -356,15 +352,18 @@ def published(folder: Path, *, private: bool = False, resumes: bool = False) -> 
     Files are made readable (safetensors writes mode 0600), fsynced, and the folder appears by one rename.
     An existing `folder` is replaced only then.
 
+    Raises:
+        RunError: `folder` is a link.
+
     Args:
         private: whether only its owner may look into the folder, from the start, and read its files.
         resumes: whether the block goes on from what an earlier try left in the staging folder. It is then kept, unless the
             block refuses what is in it.
     """
     staging = staging_of(folder)
-    for place in (staging, folder):  # what somebody links to is somebody's: nothing is written or deleted there
-        if place.is_symlink():
-            place.unlink()
+    require_no_link(folder)
+    if staging.is_symlink():  # what somebody links to is somebody's
+        staging.unlink()
     if not resumes:
         shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(mode=0o700 if private else 0o777, parents=True, exist_ok=resumes)
@@ -382,6 +381,15 @@ def published(folder: Path, *, private: bool = False, resumes: bool = False) -> 
         if not resumes or isinstance(error, RefusedError):
             shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def require_no_link(folder: Path) -> None:
+    """Raises RunError for a link: what lies behind it is somebody's, and a folder is replaced as a whole."""
+    if folder.is_symlink():
+        raise RunError(
+            f"{folder}: is a link, behind which nothing is written or replaced; remove it, or link all of {OUTPUTS}/ to where "
+            "there is room"
+        )
 
 
 def staging_of(folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """Whether a run folder holds the run of this very recipe: what was trained is compared with what is asked now."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ from lora_recipes import console
 from lora_recipes.data.load import LoadedData, load_data
 from lora_recipes.errors import RefusedError, RunError
 from lora_recipes.model.build import end_token_ids, load_tokenizer
-from lora_recipes.model.folder import require_intact
+from lora_recipes.model.folder import read_sums, require_intact
 from lora_recipes.model.identity import base_of, require_base
 from lora_recipes.model.initialise import changes_base
 from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe, load_recipe
-from lora_recipes.run_dir import SUMS, RunDir, read_json, text_sha256
+from lora_recipes.run_dir import SUMS, RunDir, file_sha256, read_json, text_sha256
 
 # What an adapter is bound to. The other sections may change between training and the steps after it.
 ADAPTER_KEYS = ("model", "quantization", "lora")
@@ -88,18 +89,26 @@ def _require_same_scaling(recipe: Recipe, run_dir: RunDir) -> None:
 
 
 def _require_listed(run_dir: RunDir) -> None:
-    """Raises RefusedError where the checksums of what this run published are gone: nobody could tell what is there now."""
-    records = (
-        (run_dir.adapter, read_json(run_dir.manifest).get("published")),
-        (
-            run_dir.merged,
-            read_json(run_dir.parity).get("merged_sha256"),
-        ),
-    )
-    for folder, published in records:
-        if published and folder.is_dir() and not (folder / SUMS).is_file():
+    """Raises RefusedError where the checksums of what this run published are not those that it wrote down: whoever changes a
+    file can write a new list beside it."""
+    published = read_json(run_dir.manifest).get("published", {})
+    of_merge = read_json(run_dir.parity).get("merged_sha256")
+    records: list[tuple[Path, Any, Callable[[Path], Any]]] = []
+    if published:
+        records.append((run_dir.root / published["folder"], published["files"], read_sums))
+    if of_merge:
+        records.append((run_dir.merged, of_merge, lambda folder: file_sha256(folder / SUMS)))
+    for folder, recorded, read in records:
+        if not folder.is_dir():
+            continue
+        if not (folder / SUMS).is_file():
             raise RefusedError(
-                f"{folder / SUMS}: is gone, so nobody can tell whether {folder} is what was published; put it back, or publish again"
+                f"{folder / SUMS}: is gone, so nobody can tell whether {folder} is what was published; put it back, or publish "
+                "it again"
+            )
+        if read(folder) != recorded:
+            raise RefusedError(
+                f"{folder / SUMS}: is not the list that was written when {folder} was published; put it back, or publish it again"
             )
 
 

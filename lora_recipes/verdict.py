@@ -48,8 +48,9 @@ def _merged_answers(recipe: Recipe, parity: dict[str, Any], answers: dict[str, A
     if "merged" not in answers["scores"]:
         return None
     share = answers["merged_equals_adapter"]
-    if share is None or (recipe.get("quantization") and parity.get("base") == "original"):
-        # There is no adapter beside it; or it was merged into the original weights, where a model answers like the 4-bit one
-        # only nearly. Its own answers were held against `checks` all the same.
+    if recipe.get("quantization") and parity.get("base") == "original":
+        # In the original weights a model answers like the 4-bit one only nearly. Its own answers were held against `checks`.
         return True
+    if share is None:  # there is no adapter beside it, or no answer that can be compared
+        return None if "adapter" in answers["scores"] else True
     return share >= parity.get("answers_in_common", parity.get("tolerance", {}).get("greedy_agreement", 1.0))

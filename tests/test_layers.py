@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lora_recipes"
 # A room is a module or a folder of the package; `__init__` is the package itself.
 LAYERS = [
-    {"__init__", "errors", "redact"},
+    {"__init__", "errors", "records", "redact"},
     {"recipe", "run_dir", "console", "process", "limits"},
     {"data", "model", "score", "judge", "introspect", "launch", "metrics"},
     {"plan", "trained", "verdict"},

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
@@ -33,10 +34,10 @@ from lora_recipes.data.problems import KEPT, Problem, excerpt_of, problem_of
 from lora_recipes.data.readers import Chunk, rows_of
 from lora_recipes.data.scan import scan
 from lora_recipes.data.select import rows_in_slice
-from lora_recipes.errors import DataError
+from lora_recipes.errors import BrokenFile, DataError
 from lora_recipes.limits import watched
 from lora_recipes.redact import SECRETS, find_secret
-from lora_recipes.run_dir import Locked, cache_folder, published, read_json, require_room, write_json
+from lora_recipes.run_dir import Locked, cache_folder, published, read_json, require_room, text_sha256, write_json
 
 INT_LIST = pyarrow.list_(pyarrow.int32())
 SCHEMA = pyarrow.schema({"input_ids": INT_LIST, "labels": INT_LIST})
@@ -248,11 +249,12 @@ def prepare(
     key = _key(source, base, settings, masker)
     if key is None:
         return _sliced(_scanned(source, base, settings, masker, processes, None, ""), split)
-    folder = cache_folder("data") / f"{key}{'' if keep else '-seen'}"
+    looked_for = text_sha256("\n".join(["in ids too", *SECRETS]))[:8]  # what `flags` tell of; no token depends on it
+    folder = cache_folder("data") / f"{key}-{looked_for}{'' if keep else '-seen'}"
     lock = Locked(folder.with_name(f"{folder.name}.lock"))
     lock.acquire(wait=True, waiting=console.say)  # of several processes that start at once, one does the work
     try:
-        if not (folder / "report.json").is_file():
+        if not _is_kept(folder):
             _require_room(source, base, folder.parent, keep)
             with published(folder, private=True) as staging:  # it holds users' rows
                 _scanned(source, base, settings, masker, processes, staging, key, keep=keep)
@@ -261,6 +263,13 @@ def prepare(
     finally:
         lock.release()
     return _sliced(_loaded(source, base, settings, folder, key), split)
+
+
+def _is_kept(folder: Path) -> bool:
+    """Whether the cache has what was seen of a split; a report that is broken is written again."""
+    with suppress(BrokenFile):
+        return bool(read_json(folder / "report.json"))
+    return False
 
 
 def _scanned(
@@ -383,7 +392,6 @@ def _key(source: Source, split: str, settings: RowSettings, masker: Masker) -> s
         "marked": masker.marked,
         "special": masker.special,
         "end_ids": sorted(masker.end_ids),
-        "secrets": ["in ids too", *SECRETS],  # that `flags` tell of
         "tokenizer": hashlib.sha256(backend.encode()).hexdigest(),
         "versions": [version(name) for name in ("transformers", "tokenizers")],
     }

@@ -39,7 +39,7 @@ from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
 from lora_recipes.recipe.vocabulary import OWNERS
 
-# A field of a wrong kind in somebody's files is whatever the library stumbles over first.
+# A field of a wrong kind in somebody's files is whatever the library stumbles over first. While a trainer is made, it is ours.
 _STUMBLES = (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, StrictDataclassError)
 _REFUSALS = (ValueError, ImportError, OSError, SafetensorError, *_STUMBLES)
 
@@ -66,6 +66,8 @@ def refusals_of(recipe: Recipe, section: str) -> Iterator[None]:
             raise
         raise RecipeError(f"{recipe.where(section)}: `{section}`: {error}") from error
     except _REFUSALS as error:
+        if section == "training" and isinstance(error, _STUMBLES) and not isinstance(error, ValueError | OSError):
+            raise
         if fault := machine_fault(error):
             raise fault from error
         if "trust_remote_code" in str(error):

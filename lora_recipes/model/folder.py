@@ -8,6 +8,8 @@ from lora_recipes.errors import BrokenFile, RefusedError
 from lora_recipes.redact import find_secret
 from lora_recipes.run_dir import SUMS, file_sha256, write_text
 
+LINE = re.compile(r"([0-9a-f]{64})  ([^/\\\0][^\\\0]*)")  # of a list of checksums
+
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 TEXTS = (".json", ".jinja", ".md", ".txt", ".py", ".model_card", ".yaml")
 # Hold every short text there is: Qwen's has "/root" and "/workspace" as tokens.
@@ -54,20 +56,32 @@ def write_sums(folder: Path, known: dict[str, str] | None = None) -> None:
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """File name → sha256; {} where there is no list."""
+    """File name → sha256; {} where there is no list. Raises BrokenFile where it is none, or names what is not in the folder."""
     file = folder / SUMS
+    if not file.is_file():
+        return {}
     try:
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        found = [LINE.fullmatch(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = {match[2]: match[1] for match in found if match}
+        if len(lines) < len(found) or any(".." in Path(name).parts for name in lines):
+            raise ValueError("a line is no sha256 and name of a file in it")
     except ValueError as error:
         raise BrokenFile(f"{file}: is no list of checksums ({error}); publish {folder} again") from None
-    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    return lines
 
 
 def require_intact(folder: Path) -> None:
-    """Raises RefusedError when a file of a published folder is not, bit for bit, what was published."""
+    """Raises RefusedError when a file of a published folder is not, bit for bit, what was published.
+
+    A folder without a list comes from elsewhere, and is taken as it is. A list that leaves weights out is no list of theirs.
+    """
+    listed = read_sums(folder)
+    unlisted = [file.name for file in sorted(folder.glob("*.safetensors")) if file.name not in listed]
+    if unlisted and (folder / SUMS).is_file():
+        raise RefusedError(f"{folder / SUMS}: does not list {unlisted[0]}; {folder} is not what was published")
     require_sums(
         folder,
-        read_sums(folder),
+        listed,
         gone=f"; {folder} is not what was published. Publish it again",
         changed=f"its sha256 is not that of {folder / SUMS}: the disk or somebody has changed it. "
         f"Delete {folder} and make it again",

