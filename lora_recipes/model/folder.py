@@ -11,6 +11,7 @@ from lora_recipes.run_dir import SUMS, file_sha256, write_text
 LINE = re.compile(r"([0-9a-f]{64})  ([^/\\\0][^\\\0]*)")  # of a list of checksums
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+LOADED = (".safetensors", ".json", ".jinja", ".py", *PICKLES)
 TEXTS = (".json", ".jinja", ".md", ".txt", ".py", ".model_card", ".yaml")
 # Hold every short text there is: Qwen's has "/root" and "/workspace" as tokens.
 VOCABULARIES = {"tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"}
@@ -73,10 +74,10 @@ def read_sums(folder: Path) -> dict[str, str]:
 def require_intact(folder: Path) -> None:
     """Raises RefusedError when a file of a published folder is not, bit for bit, what was published.
 
-    A folder without a list comes from elsewhere, and is taken as it is. A list that leaves weights out is no list of theirs.
+    A folder without a list comes from elsewhere, and is taken as it is. Beside a list, what a library would load is listed.
     """
     listed = read_sums(folder)
-    unlisted = [file.name for file in sorted(folder.glob("*.safetensors")) if file.name not in listed]
+    unlisted = [file.name for file in sorted(folder.glob("*")) if file.suffix in LOADED and file.name not in listed]
     if unlisted and (folder / SUMS).is_file():
         raise RefusedError(f"{folder / SUMS}: does not list {unlisted[0]}; {folder} is not what was published")
     require_sums(

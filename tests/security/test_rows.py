@@ -114,9 +114,16 @@ RECIPES = [
     ("R7", keys(training={"dataloader_prefetch_factor": 0}), EXIT_USER, "dataloader_prefetch_factor"),
     ("R7", keys(merge={"max_shard_size": "foo"}), EXIT_USER, "max_shard_size"),
     ("R7", keys(merge={"max_shard_size": "-5GB"}), EXIT_USER, "max_shard_size"),
-    ("R7", keys(merge={"max_shard_size": "1.5 GiB"}), 0, ""),
+    ("R7", keys(merge={"max_shard_size": "1.5 GiB"}), EXIT_USER, "max_shard_size"),
+    ("R7", keys(merge={"max_shard_size": "0GB"}), EXIT_USER, "max_shard_size"),
+    ("R7", keys(merge={"max_shard_size": "1" + 400 * "0" + "GB"}), EXIT_USER, "max_shard_size"),
+    *(("R7", keys(merge={"max_shard_size": size}), 0, "") for size in ("5GB", "1.5 GB", "500mb", 10**6)),
     ("R8", arguments({"lr_scheduler_kwargs": {"a": 1}}), EXIT_USER, "`training` is refused by trl.SFTConfig"),
-    ("R8", keys(training={"metric_for_best_model": "zzz"}), EXIT_USER, "which no evaluation measures"),
+    *(
+        ("R8", keys(training={"metric_for_best_model": name}), EXIT_USER, "which no evaluation measures")
+        for name in ("zzz", "tiny_loss", "train_loss", "entropy")
+    ),
+    *(("R8", keys(training={"metric_for_best_model": name}), 0, "") for name in ("loss", "eval_mean_token_accuracy")),
     ("R8", keys(training={"fp16": True, "bf16": True}), EXIT_USER, "fp16"),
     (
         "R8",
