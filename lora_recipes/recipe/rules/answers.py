@@ -1,5 +1,6 @@
 """Rules of answers: how they are generated, and what is asked of them."""
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,9 @@ from lora_recipes.recipe.rules.finding import Finding, Values, sources_of
 
 ASKED = ("contains", "equals", "regex", "json", "stops", "differs_from_base")  # what a prompt of `checks` may ask
 
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+SMALLEST: tuple[Any, ...] = (None, True, 1, 0.5, "", [], {})  # of each kind that JSON has
+
 
 def generation(values: Values) -> Iterator[Finding]:
     generation = values.get("generation")
@@ -25,13 +29,15 @@ def generation(values: Values) -> Iterator[Finding]:
             "is missing: an answer that never ends needs a limit",
             "write `max_new_tokens: 128`",
         )
-    sampling = [key for key in ("temperature", "top_p", "top_k") if generation.get(key) is not None]
+    sampling = [key for key in SAMPLING if generation.get(key) is not None]
     if sampling and not generation.get("do_sample"):
         yield Finding(
             f"generation.{sampling[0]}",
             "has no effect without `generation.do_sample: true`",
             "set do_sample, or drop it",
         )
+    if (generation.get("min_new_tokens") or 0) > (generation.get("max_new_tokens") or math.inf):
+        yield Finding("generation.min_new_tokens", "is more than `generation.max_new_tokens`", "write a smaller number")
 
 
 def checks(values: Values) -> Iterator[Finding]:
@@ -71,14 +77,36 @@ def _schema_fault(schema: dict[str, Any]) -> str | None:
     """Why a JSON schema cannot be used. What it refers to must be in itself: nothing is fetched."""
     try:
         Draft202012Validator.check_schema(schema)
-        whole = Registry().with_resource("", DRAFT202012.create_resource(schema)).resolver()
-        for reference in _references(schema):
-            whole.lookup(reference)
     except SchemaError as error:
         return f"{error.json_path}: {error.message}"
-    except Unresolvable as error:
-        return f"{error.ref!r} is not in it"
+    references = set(_references(schema))
+    whole = Registry().with_resource("", DRAFT202012.create_resource(schema)).resolver()
+    for reference in sorted(references):
+        if fault := _reference_fault(whole, reference):
+            return fault
+    for reference in sorted(references):  # all that they lead to is there
+        if _endless(schema, reference):
+            return f"{reference!r} leads back to itself, for ever"
     return None
+
+
+def _reference_fault(whole: Any, reference: str) -> str | None:
+    try:
+        found = whole.lookup(reference).contents
+    except (Unresolvable, ValueError, TypeError, LookupError):  # a step into a list or a text raises what it likes
+        return f"{reference!r} is not in it"
+    return None if isinstance(found, dict | bool) else f"{reference!r} is no schema"
+
+
+def _endless(schema: dict[str, Any], reference: str) -> bool:
+    """Whether a reference comes back to itself at the same value. One level further down it may: that ends with the value."""
+    following = Draft202012Validator(schema, registry=Registry()).evolve(schema={"$ref": reference})
+    try:
+        for value in SMALLEST:
+            list(following.iter_errors(value))
+    except RecursionError:
+        return True
+    return False
 
 
 def _references(value: Any) -> Iterator[str]:
