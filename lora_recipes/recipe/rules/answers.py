@@ -16,7 +16,7 @@ from lora_recipes.recipe.rules.finding import Finding, Values, sources_of
 ASKED = ("contains", "equals", "regex", "json", "stops", "differs_from_base")  # what a prompt of `checks` may ask
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-SMALLEST: tuple[Any, ...] = (None, True, 1, 0.5, "", [], {})  # of each kind that JSON has
+LONGEST_TRAIL = 100  # schemas that lead to one another at one value
 
 
 def generation(values: Values) -> Iterator[Finding]:
@@ -79,34 +79,55 @@ def _schema_fault(schema: dict[str, Any]) -> str | None:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
         return f"{error.json_path}: {error.message}"
-    references = set(_references(schema))
     whole = Registry().with_resource("", DRAFT202012.create_resource(schema)).resolver()
-    for reference in sorted(references):
+    references = sorted(set(_references(schema)))
+    for reference in references:
         if fault := _reference_fault(whole, reference):
             return fault
-    for reference in sorted(references):  # all that they lead to is there
-        if _endless(schema, reference):
+    done: set[int] = set()
+    for reference in references:
+        if _leads_back(whole.lookup(reference).contents, whole, set(), done):
             return f"{reference!r} leads back to itself, for ever"
     return None
 
 
 def _reference_fault(whole: Any, reference: str) -> str | None:
     try:
-        found = whole.lookup(reference).contents
+        Draft202012Validator.check_schema(whole.lookup(reference).contents)
+    except SchemaError:  # it stands where no schema is looked for
+        return f"{reference!r} is no schema"
     except (Unresolvable, ValueError, TypeError, LookupError):  # a step into a list or a text raises what it likes
         return f"{reference!r} is not in it"
-    return None if isinstance(found, dict | bool) else f"{reference!r} is no schema"
+    return None
 
 
-def _endless(schema: dict[str, Any], reference: str) -> bool:
-    """Whether a reference comes back to itself at the same value. One level further down it may: that ends with the value."""
-    following = Draft202012Validator(schema, registry=Registry()).evolve(schema={"$ref": reference})
-    try:
-        for value in SMALLEST:
-            list(following.iter_errors(value))
-    except RecursionError:
+def _leads_back(schema: Any, whole: Any, above: set[int], done: set[int]) -> bool:
+    """Whether a schema comes to itself again at the same value. A level further down it may: that ends where the value does.
+
+    Args:
+        above: ids of the schemas that led here.
+        done: of those that are known to end.
+    """
+    if not isinstance(schema, dict) or id(schema) in done:
+        return False
+    if id(schema) in above or len(above) > LONGEST_TRAIL:
         return True
+    if any(_leads_back(child, whole, above | {id(schema)}, done) for child in _of_the_same_value(schema, whole)):
+        return True
+    done.add(id(schema))
     return False
+
+
+def _of_the_same_value(schema: dict[str, Any], whole: Any) -> Iterator[Any]:
+    """The schemas that a value must satisfy where it must satisfy this one, or that are asked about it."""
+    for name in ("$ref", "$dynamicRef"):
+        if isinstance(schema.get(name), str):
+            yield whole.lookup(schema[name]).contents
+    for name in ("allOf", "anyOf", "oneOf"):
+        yield from schema.get(name, [])
+    for name in ("not", "if", "then", "else"):
+        yield schema.get(name)
+    yield from schema.get("dependentSchemas", {}).values()
 
 
 def _references(value: Any) -> Iterator[str]:
