@@ -76,16 +76,31 @@ def out_of_memory(error: BaseException) -> bool:
     return by_name or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+LONGEST_SHOWN = 120  # characters of a name that is too long for a file
+
+
 def _free(file: str | None) -> str:
     """What the disk of a file has left."""
     place = next((parent for parent in Path(file or ".").absolute().parents if parent.exists()), Path("/"))
     return f" ({shutil.disk_usage(place).free:,} bytes are free)"
 
 
-def machine_fault(error: BaseException) -> MachineError | None:
-    """The MachineError for a full disk, a missing permission or memory that ran out; None for anything else."""
+def machine_fault(error: BaseException) -> MachineError | RunError | None:
+    """The MachineError for a full or broken disk, a missing permission or memory that ran out; None for anything else.
+
+    A name that can be no file's is no fault of the machine, and a RunError.
+    """
     if out_of_memory(error):
         return MachineError(f"out of memory: {error}\n{OUT_OF_MEMORY}")
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        name = str(error.filename or "a file")
+        shown = name if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]}... ({len(name):,} characters)"
+        return RunError(f"{shown}: {error.strerror}; name a file or a folder that can be there")
+    if isinstance(error, OSError) and error.errno == errno.EIO:
+        return MachineError(
+            f"{error.filename or 'a file'}: {error.strerror}: it cannot be read or written; look after its disk, or take "
+            "another one"
+        )
     if isinstance(error, OSError) and error.errno in (
         errno.ENOSPC,
         errno.EDQUOT,

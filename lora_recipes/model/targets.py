@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from lora_recipes.errors import RecipeError
 from lora_recipes.limits import pattern_fault
 from lora_recipes.model.build import adapted_on_meta, lora_config, meta_model, refusals_of
+from lora_recipes.model.safe import MOST
 from lora_recipes.recipe import Recipe
 
 # What expert weights were called, as layers, before transformers made one parameter of all of them.
@@ -46,8 +47,10 @@ def find_targets(recipe: Recipe, config: PreTrainedConfig) -> Targets:
         RecipeError: a name in `target_modules`, `target_parameters`, `modules_to_save`, `exclude_modules`,
             `rank_pattern` or `alpha_pattern` that matches no module. One that matches beside one that does not is
             refused as well: PEFT would train half the adapter in silence. So it would with experts that are one 3-D
-            parameter for all, which `all-linear` and the names of their projections pass by.
+            parameter for all, which `all-linear` and the names of their projections pass by. Or a layer in
+            `layer_replication` that is not there.
     """
+    _require_layers(recipe, config)
     base = meta_model(config, recipe)
     if not recipe.get("lora"):
         everything = sum(parameter.numel() for parameter in base.parameters())
@@ -68,6 +71,18 @@ def find_targets(recipe: Recipe, config: PreTrainedConfig) -> Targets:
     hits = Counter(_last(name.removesuffix(".weight")) for name in hit)
     frozen = sum(parameter.numel() for name, parameter in experts.items() if name not in hit)
     return Targets(trainable, total, dict(hits), frozen)
+
+
+def _require_layers(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Raises RecipeError for `layer_replication` of layers that the model does not have, or of more than can be built."""
+    ranges = recipe.get("lora.layer_replication") or []
+    there = getattr(config.get_text_config(), "num_hidden_layers", MOST)
+    where = f"{recipe.where('lora.layer_replication')}: `layer_replication`"
+    for start, end in ranges:
+        if not 0 <= start < end <= there:
+            raise RecipeError(f"{where}: [{start}, {end}] is no range of this model's layers; they are [0, {there}]")
+    if (total := sum(end - start for start, end in ranges)) > MOST:
+        raise RecipeError(f"{where}: makes {total:,} layers, more than {MOST:,}")
 
 
 def _require_quick_patterns(recipe: Recipe, names: Iterable[str]) -> None:
@@ -205,7 +220,12 @@ def _lines_for(experts: Iterable[str], dropped: Iterable[str] = ()) -> str:
 def _adapted(recipe: Recipe, base: torch.nn.Module, layers: list[str]) -> PeftModel:
     try:
         return adapted_on_meta(base, recipe)
-    except (ValueError, TypeError) as error:  # PEFT's own words for a pattern or a layer kind that cannot be adapted
+    except (
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        LookupError,
+    ) as error:  # PEFT's own words for a pattern or a layer kind that cannot be adapted
         # It says what does not go with experts by the setting's name: lora_dropout, use_dora, lora_bias, fan_in_fan_out.
         blamed = next((key for key in recipe.section("lora") if re.search(rf"\b{key}\b", str(error))), "target_modules")
         raise RecipeError(

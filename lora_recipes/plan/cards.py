@@ -14,6 +14,7 @@ from lora_recipes.recipe import Recipe
 
 GIB = 2**30
 MIB = 2**20
+MOST_MEMORY = 2**50  # bytes of one device; a thousand times what any has
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,10 @@ def target_of(gpu: str | None, gpus: int | None, config_file: str | None) -> Tar
         return _several(_this_machine(), gpus, config_file)
     if size := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB|G|MiB|MB)", gpu.strip(), re.IGNORECASE):
         unit = {"g": GIB, "gib": GIB, "gb": GIB, "mib": MIB, "mb": MIB}[size[2].lower()]  # cards are sold in binary GB
-        memory = int(float(size[1]) * unit)
-        if not memory:
-            raise RunError(f"--gpu {gpu}: no memory at all")
+        wanted = float(size[1]) * unit
+        if not 1 <= wanted <= MOST_MEMORY:
+            raise RunError(f"--gpu {gpu[:40]}: no card has that memory; write such as --gpu 24GiB")
+        memory = int(wanted)
         return _several(Target(gpu, memory, Gpu(gpu, True)), gpus, config_file)
     key = gpu.lower().replace(" ", "").replace("_", "-")
     near = [card for card in CARDS if key in (card, card.split("-")[0], card.removeprefix("rtx"))]

@@ -23,15 +23,19 @@ from lora_recipes.redact import find_secret
 SECRET_NAME = re.compile(r"(^|_)(token|secret|password|api_?key)$", re.IGNORECASE)
 NO_SECRETS = ("eos_token",)  # a special token of a tokenizer
 
+MOST = 2**63  # the libraries' own integers are smaller
+
+
+def _is_integer(_: Any, value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < MOST
+
+
+def _is_number(_: Any, value: Any) -> bool:
+    return _is_integer(_, value) or (isinstance(value, float) and math.isfinite(value))
+
+
 # `1.0` is no integer and `.nan` no number here, although JSON schema says so.
-_TYPES = Draft202012Validator.TYPE_CHECKER.redefine_many(
-    {
-        "integer": lambda _, value: isinstance(value, int) and not isinstance(value, bool),
-        "number": lambda _, value: (
-            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        ),
-    }
-)
+_TYPES = Draft202012Validator.TYPE_CHECKER.redefine_many({"integer": _is_integer, "number": _is_number})
 _Validator = validators.extend(Draft202012Validator, type_checker=_TYPES)
 
 
@@ -189,6 +193,8 @@ def _found(value: Any) -> str:
 def _type_hint(value: Any) -> str:
     if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off"):
         return "write true or false"
+    if isinstance(value, int) and abs(value) >= MOST:
+        return "no setting takes so large a number"
     return ""
 
 

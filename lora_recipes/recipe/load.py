@@ -7,13 +7,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lora_recipes.errors import LONGEST_SHOWN
 from lora_recipes.recipe.check import in_place_order, problems_in
-from lora_recipes.recipe.nodes import Node, parse_file, parse_override
+from lora_recipes.recipe.nodes import MAX_DEPTH, Node, parse_file, parse_override
 from lora_recipes.recipe.problem import InvalidRecipe, Origin, Problem
 from lora_recipes.recipe.vocabulary import OWNERS
 
 # What Windows takes for devices: a run folder of that name could not be copied there.
 RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
+MAX_PARENTS = 10  # recipes that extend one another; those here have two
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
 
@@ -127,8 +129,8 @@ def name_problems(path: Path) -> list[Problem]:
 
 def _resolve_extends(path: Path, seen: list[Path], problems: list[Problem]) -> Node:
     """The file's tree laid over its parent's, the parent resolved first."""
-    here = path.resolve()
     node = parse_file(path, problems)
+    here = path.resolve()  # once it is read: a link to itself leads nowhere
     parent = node.value.get("extends")
     if parent is None:
         return node
@@ -136,13 +138,23 @@ def _resolve_extends(path: Path, seen: list[Path], problems: list[Problem]) -> N
     if not isinstance(parent.value, str):
         raise _stop(parent, "takes one file name", "such as `extends: base/qlora.yaml`")
     parent_path = path.parent / parent.value
-    if len(parent_path.name) > 255 or not parent_path.is_file():
-        raise _stop(parent, f"names a file that does not exist: {parent_path}", "the path is relative to this file")
+    if not _is_there(parent_path):
+        shown = str(parent_path)[:LONGEST_SHOWN]
+        raise _stop(parent, f"names a file that does not exist: {shown}", "the path is relative to this file")
     chain = [*seen, here]
     if parent_path.resolve() in chain:
         loop = " → ".join(step.name for step in [*chain[chain.index(parent_path.resolve()) :], parent_path])
         raise _stop(parent, f"goes in a circle: {loop}", "a base recipe extends nothing")
+    if len(chain) > MAX_PARENTS:
+        raise _stop(parent, f"comes after {MAX_PARENTS} others in a chain", "a recipe needs two or three")
     return _overlay(_resolve_extends(parent_path, chain, problems), own)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for a file
+        return False
 
 
 def _stop(node: Node, message: str, hint: str) -> InvalidRecipe:
@@ -177,6 +189,12 @@ def _override(word: str, root: Node) -> Node:
     """The tree of one word, to be laid over `root`."""
     key, equals, text = word.partition("=")
     steps = key.split(".")
+    if word.encode(errors="replace").decode() != word:
+        message, hint = f"is not UTF-8 text: {word!a}", "type it in a terminal that is set to UTF-8"
+        raise InvalidRecipe([Problem(Origin("command line"), "", message, hint)])
+    if len(steps) > MAX_DEPTH:
+        message, hint = f"names a key more than {MAX_DEPTH} deep: {key[:LONGEST_SHOWN]}", "a recipe needs three or four"
+        raise InvalidRecipe([Problem(Origin("command line"), "", message, hint)])
     if not equals or not all(steps):
         message, hint = "is not an override", "write section.key=value, such as training.max_steps=10"
         raise InvalidRecipe([Problem(Origin("command line"), word, message, hint)])

@@ -13,6 +13,7 @@ from lora_recipes.errors import EXIT_REFUSED
 from lora_recipes.recipe.problem import InvalidRecipe, Origin, Problem
 
 MAX_BYTES = 1_000_000  # a recipe is a page of text; anything larger is a mistake or an attack
+MAX_DIGITS = 40  # of an integer; a float has room for 308, and no setting for 20
 MAX_DEPTH = 40  # nested brackets; the parser's own recursion ends the process at some ten thousand
 
 
@@ -126,7 +127,10 @@ def parse_file(path: Path, problems: list[Problem]) -> Node:
     """
     whole = Origin(str(path))
     try:
-        raw = path.read_bytes()
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise _stop(whole, "is a pipe or a device, which need not end", "copy the recipe into a file")
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
     except IsADirectoryError:
         raise _stop(whole, "is a folder", f"name a recipe file such as {path}/NAME.yaml") from None
     except FileNotFoundError:
@@ -134,7 +138,9 @@ def parse_file(path: Path, problems: list[Problem]) -> Node:
     except OSError as error:
         raise _stop(whole, f"cannot be read: {error.strerror}") from None
     if len(raw) > MAX_BYTES:
-        raise _stop(whole, f"{len(raw):,} bytes is no recipe", f"the limit is {MAX_BYTES:,} bytes", EXIT_REFUSED)
+        raise _stop(
+            whole, f"{len(raw):,} bytes or more is no recipe", f"the limit is {MAX_BYTES:,} bytes", EXIT_REFUSED
+        )
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -197,10 +203,9 @@ def _convert(node: yaml.Node, file: str, path: tuple[str, ...], problems: list[P
         items = [_convert(child, file, (*path, str(n)), problems) for n, child in enumerate(node.value)]
         return Node(items, origin, origin)
     assert isinstance(node, yaml.ScalarNode)
-    try:
-        return Node(_SCALARS[node.tag](node.value), origin, origin)
-    except ValueError:  # Python reads no integer of more than 4,300 digits
-        raise _stop(origin, "a number of so many digits is not read") from None
+    if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:  # Python could not make a float of it
+        raise _stop(origin, f"a number of more than {MAX_DIGITS} digits is not read")
+    return Node(_SCALARS[node.tag](node.value), origin, origin)
 
 
 def _refuse_unsafe(text: str, file: str) -> None:

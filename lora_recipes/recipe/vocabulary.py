@@ -27,6 +27,18 @@ COMBINATIONS = ("linear", "ties", "dare_ties", "svd")
 
 _DTYPE = {"enum": ["float32", "float16", "bfloat16"]}
 _NAME = {"type": "string", "minLength": 1}
+# Limits that are far from what anybody trains with, and near enough that nothing overflows or never ends on its way there.
+MOST_STEPS = 10**9
+MOST_ROWS = 10**9
+MOST_TOKENS = 10**8  # of one text; counted in 32 bits
+MOST_EPOCHS = 10**6
+MOST_AT_ONCE = 10**6  # rows of a step, answers
+MOST_PROCESSES = 1_024
+MOST_RANK = 1_024
+MOST_ALPHA = 10**6
+_RANK = {"type": "integer", "minimum": 1, "maximum": MOST_RANK}
+_TOKEN = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+_NEW_TOKENS = {"type": "integer", "minimum": 1, "maximum": MOST_TOKENS}
 _FRACTION = {"type": "number", "minimum": 0, "maximum": 1}
 _TEXTS = {"anyOf": [_NAME, {"type": "array", "minItems": 1, "items": _NAME}]}
 _LEAST = {"type": "object", "additionalProperties": False, "required": ["min"], "properties": {"min": _FRACTION}}
@@ -44,7 +56,7 @@ EXPECTATION = {
             "type": ["boolean", "object"],
             "description": "The answer is JSON; a mapping is the JSON schema that it satisfies.",
         },
-        "max_new_tokens": {"type": "integer", "minimum": 1, "description": "Limit of this answer."},
+        "max_new_tokens": _NEW_TOKENS | {"description": "Limit of this answer."},
         "stops": {
             "type": "boolean",
             "description": "The answer ends by itself, without a loop and without a control token in it. Unset: true.",
@@ -68,6 +80,7 @@ OWN_KEYS: dict[str, dict[str, dict[str, Any]]] = {
         "weight": {
             "type": "number",
             "exclusiveMinimum": 0,
+            "maximum": MOST_EPOCHS,
             "description": "How often each row of this source is seen in an epoch: 2 twice, 0.5 a seeded half. Unset: 1.",
         },
         "format": {
@@ -113,12 +126,14 @@ OWN_KEYS: dict[str, dict[str, dict[str, Any]]] = {
         "loraplus_lr_ratio": {
             "type": "number",
             "exclusiveMinimum": 1,
+            "maximum": 10**6,
             "description": "LoRA+: the learning rate of every B is this many times that of A "
             "(peft.optimizers.create_loraplus_optimizer).",
         },
         "loraplus_lr_embedding": {
             "type": "number",
             "exclusiveMinimum": 0,
+            "maximum": 1,
             "description": "LoRA+: learning rate of adapters on embeddings. Unset: 1e-6.",
         },
         "lorafa": {
@@ -135,11 +150,13 @@ OWN_KEYS: dict[str, dict[str, dict[str, Any]]] = {
         "batch_size": {
             "type": "integer",
             "minimum": 1,
+            "maximum": MOST_AT_ONCE,
             "description": "Prompts answered at a time. Unset: 16.",
         },
         "max_rows": {
             "type": ["integer", "null"],
             "minimum": 0,
+            "maximum": MOST_ROWS,
             "description": "Held-out rows to answer and score. Unset or null: all of them.",
         },
     },
@@ -165,7 +182,7 @@ OWN_KEYS: dict[str, dict[str, dict[str, Any]]] = {
             "additionalProperties": False,
             "properties": {
                 "data_files": {"anyOf": [_NAME, {"type": "array", "minItems": 1, "items": _NAME}]},
-                "max_rows": {"type": "integer", "minimum": 1},
+                "max_rows": {"type": "integer", "minimum": 1, "maximum": MOST_ROWS},
                 "max_loss_increase": {"type": "number", "minimum": 0},
                 "max_kl": {"type": "number", "exclusiveMinimum": 0},
             },
@@ -285,8 +302,22 @@ TYPES: dict[str, dict[str, dict[str, Any]]] = {
                         "loftq",
                     ]
                 },
-                {"type": "string", "pattern": "^pissa_niter_[0-9]+$"},
+                {"type": "string", "pattern": "^pissa_niter_[0-9]{1,3}$"},
             ]
+        },
+        "rank_pattern": {"type": ["object", "null"], "additionalProperties": _RANK},
+        "alpha_pattern": {
+            "type": ["object", "null"],
+            "additionalProperties": {"type": "number", "exclusiveMinimum": 0, "maximum": MOST_ALPHA},
+        },
+        "layer_replication": {
+            "type": ["array", "null"],
+            "items": {
+                "type": "array",
+                "minItems": 2,
+                "maxItems": 2,
+                "items": {"type": "integer", "minimum": 0, "maximum": 10_000},
+            },
         },
     },
     "dataset": {
@@ -309,9 +340,14 @@ TYPES: dict[str, dict[str, dict[str, Any]]] = {
     "training": {
         "loss_type": {"enum": ["nll", "dft"]},
         "debug": {"type": "string"},
+        "include_num_input_tokens_seen": {"enum": ["all", "non_padding", "no", True, False]},
+        "pad_to_multiple_of": {
+            "anyOf": [{"type": "integer", "minimum": 1, "maximum": 10**5}, {"enum": ["auto"]}, {"type": "null"}]
+        },
     },
     "generation": {
-        "eos_token_id": {"type": ["integer", "array", "null"]},
+        "eos_token_id": _TOKEN | {"type": ["integer", "array", "null"], "items": _TOKEN},
+        "forced_eos_token_id": _TOKEN | {"type": ["integer", "array", "null"], "items": _TOKEN},
         "stop_strings": {"type": ["string", "array", "null"]},
     },
 }
@@ -319,48 +355,72 @@ TYPES: dict[str, dict[str, dict[str, Any]]] = {
 # Bounds: (schema keyword, value). The classes accept anything.
 POSITIVE = {"exclusiveMinimum": 0}
 AT_LEAST_ONE = {"minimum": 1}
+NOT_EMPTY = {"minLength": 1}
+COUNT = {"minimum": 1, "maximum": MOST_STEPS}
+INTERVAL = {"exclusiveMinimum": 0, "maximum": 10**12}
+AT_ONCE = {"minimum": 1, "maximum": MOST_AT_ONCE}
+PROCESSES = {"maximum": MOST_PROCESSES}
+SEED = {"minimum": 0, "maximum": 2**32 - 1}  # numpy takes no other
 NOT_NEGATIVE = {"minimum": 0}
 SHARE = {"minimum": 0, "exclusiveMaximum": 1}
 BOUNDS: dict[str, dict[str, Any]] = {
     "lora": {
-        "r": {"minimum": 1, "maximum": 1024},
-        "lora_alpha": AT_LEAST_ONE,
+        "r": {"minimum": 1, "maximum": MOST_RANK},
+        "lora_alpha": {"minimum": 1, "maximum": MOST_ALPHA},
         "lora_dropout": SHARE,
     },
     "quantization": {"llm_int8_threshold": NOT_NEGATIVE},
     "training": {
-        "per_device_train_batch_size": AT_LEAST_ONE,
-        "per_device_eval_batch_size": AT_LEAST_ONE,
-        "gradient_accumulation_steps": AT_LEAST_ONE,
-        "num_train_epochs": POSITIVE,
-        "max_steps": {"minimum": -1, "maximum": 10**9},
+        "per_device_train_batch_size": AT_ONCE,
+        "per_device_eval_batch_size": AT_ONCE,
+        "gradient_accumulation_steps": AT_ONCE,
+        "eval_accumulation_steps": COUNT,
+        "torch_empty_cache_steps": COUNT,
+        "num_train_epochs": POSITIVE | {"maximum": MOST_EPOCHS},
+        "max_steps": {"minimum": -1, "maximum": MOST_STEPS},
         "learning_rate": {"exclusiveMinimum": 0, "maximum": 1},
-        "warmup_steps": NOT_NEGATIVE,
-        "weight_decay": NOT_NEGATIVE,
+        "warmup_steps": {"minimum": 0, "maximum": MOST_STEPS},
+        "weight_decay": {"minimum": 0, "maximum": 10**4},
         "adam_beta1": SHARE,
         "adam_beta2": SHARE,
-        "adam_epsilon": POSITIVE,
+        "adam_epsilon": POSITIVE | {"maximum": 10**4},
         "max_grad_norm": NOT_NEGATIVE,
         "label_smoothing_factor": SHARE,
-        "neftune_noise_alpha": NOT_NEGATIVE,
-        "logging_steps": POSITIVE,
-        "eval_steps": POSITIVE,
-        "save_steps": POSITIVE,
+        "neftune_noise_alpha": {"minimum": 0, "maximum": 10**4},
+        "logging_steps": INTERVAL,
+        "eval_steps": INTERVAL,
+        "eval_delay": {"minimum": 0, "maximum": MOST_STEPS},
+        "save_steps": INTERVAL,
         "save_total_limit": AT_LEAST_ONE,
-        "max_length": {"minimum": 2},
-        "seed": NOT_NEGATIVE,
-        "data_seed": NOT_NEGATIVE,
-        "dataloader_num_workers": NOT_NEGATIVE,
-        "dataloader_prefetch_factor": AT_LEAST_ONE,
-        "dataset_num_proc": AT_LEAST_ONE,
+        "max_length": {"minimum": 2, "maximum": MOST_TOKENS},
+        "seed": SEED,
+        "data_seed": SEED,
+        "dataloader_num_workers": NOT_NEGATIVE | PROCESSES,
+        "dataloader_prefetch_factor": {"minimum": 1, "maximum": 10_000},
+        "dataset_num_proc": AT_LEAST_ONE | PROCESSES,
+        "ddp_bucket_cap_mb": {"minimum": 1, "maximum": 10**6},
+        "ddp_timeout": {"minimum": 1, "maximum": 10**8},  # seconds: three years
+        "eos_token": NOT_EMPTY,
+        "chat_template_path": NOT_EMPTY,
     },
     "generation": {
-        "max_new_tokens": AT_LEAST_ONE,
+        "max_new_tokens": {"minimum": 1, "maximum": MOST_TOKENS},
+        "min_new_tokens": {"minimum": 0, "maximum": MOST_TOKENS},
+        "min_length": {"minimum": 0, "maximum": MOST_TOKENS},
+        "max_cache_len": {"minimum": 1, "maximum": MOST_TOKENS},
         "max_time": POSITIVE,
         "temperature": POSITIVE,
         "top_p": {"exclusiveMinimum": 0, "maximum": 1},
         "top_k": NOT_NEGATIVE,
-        "num_beams": AT_LEAST_ONE,
+        "min_p": {"minimum": 0, "maximum": 1},
+        "top_h": {"exclusiveMinimum": 0, "maximum": 1},
+        "typical_p": {"exclusiveMinimum": 0, "maximum": 1},
+        "epsilon_cutoff": SHARE,
+        "eta_cutoff": SHARE,
+        "num_beams": {"minimum": 1, "maximum": 10_000},
+        "no_repeat_ngram_size": NOT_NEGATIVE,
+        "length_penalty": {"minimum": -20, "maximum": 20},
         "repetition_penalty": POSITIVE,
+        "forced_bos_token_id": {"minimum": 0, "maximum": 2**31 - 1},
     },
 }

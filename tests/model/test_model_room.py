@@ -44,6 +44,10 @@ def test_the_tutorials_llama_trains_8388608_parameters_which_is_an_eighth_of_a_p
         ({"rank_pattern": {"q_prj": 2}}, "`rank_pattern`: 'q_prj' matches none"),
         ({"alpha_pattern": {"x": 2}}, "`alpha_pattern`: 'x' matches none"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0, 99]}, "no targeted module in layer 99"),
+        ({"layer_replication": [[0, 1], [0, 5]]}, r"\[0, 5\] is no range of this model's layers; they are \[0, 2\]"),
+        ({"layer_replication": [[1, 1]]}, r"\[1, 1\] is no range"),
+        ({"layer_replication": [[0, 2]] * 5001}, "makes 10,002 layers, more than 10,000"),
+        ({"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 0}}, "cannot be applied"),
     ],
 )
 def test_a_name_that_matches_nothing_is_refused_with_the_real_names(

@@ -346,7 +346,8 @@ def test_what_cannot_be_applied_is_said(write_recipe: Callable[..., Path], capsy
     assert "there is nothing to change" in capsys.readouterr().err
     assert main(["plan", "--table", "--gpu", "t4"]) == 2
     assert "`--gpu` has no meaning for `plan --table`" in capsys.readouterr().err
-    assert main(["plan", str(write_recipe()), "--gpu", "0GiB"]) == 2
+    for memory in ("0GiB", "9999999999999999GiB", f"{'9' * 400}GiB"):
+        assert main(["plan", str(write_recipe()), "--gpu", memory]) == 2
 
 
 def test_sharding_needs_a_gpu():

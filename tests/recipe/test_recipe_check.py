@@ -434,6 +434,63 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # (rule, overrides that break it, overrides that do not, key that the finding names)
 RULE_CASES = [
     ("steps", ["training.max_steps=0"], ["training.max_steps=-1"], "training.max_steps"),
+    (
+        "steps",
+        ["training.warmup_steps=10", "training.max_steps=10"],
+        ["training.warmup_steps=9", "training.max_steps=10"],
+        "training.warmup_steps",
+    ),
+    (
+        "steps",
+        ["training.warmup_steps=10", "training.max_steps=5"],
+        ["training.warmup_steps=10", "training.max_steps=5", "training.lr_scheduler_type=constant"],
+        "training.warmup_steps",
+    ),
+    (
+        "steps",
+        ["training.warmup_steps=2", "training.max_steps=2"],
+        ["training.warmup_steps=1", "training.max_steps=1"],
+        "training.warmup_steps",
+    ),
+    (
+        "evaluation",
+        ["training.eval_steps=5"],
+        ["training.eval_steps=5", "training.eval_strategy=no"],
+        "training.eval_steps",
+    ),
+    (
+        "evaluation",
+        ["training.eval_steps=0.1"],
+        ["training.eval_steps=0.1", "training.eval_strategy=steps", "dataset.eval_split=0.1"],
+        "training.eval_steps",
+    ),
+    (
+        "best",
+        ["training.metric_for_best_model=loss"],
+        ["training.metric_for_best_model=loss", "training.load_best_model_at_end=false"],
+        "training.metric_for_best_model",
+    ),
+    (
+        "best",
+        ["training.greater_is_better=false"],
+        ["training.greater_is_better=false", "training.save_strategy=best"],
+        "training.greater_is_better",
+    ),
+    (
+        "best",
+        ["training.greater_is_better=true"],
+        ["training.metric_for_best_model=loss", "training.lr_scheduler_type=reduce_lr_on_plateau"],
+        "training.greater_is_better",
+    ),
+    *(
+        (
+            "workers",
+            [f"training.dataloader_{key}={value}"],
+            [f"training.dataloader_{key}={value}", "training.dataloader_num_workers=1"],
+            f"training.dataloader_{key}",
+        )
+        for key, value in (("persistent_workers", "true"), ("multiprocessing_context", "spawn"), ("prefetch_factor", 2))
+    ),
     ("required", ["model=null"], [], "model.pretrained_model_name_or_path"),
     ("required", ["model=null", "model.dtype=auto"], ["model.dtype=auto"], "model.pretrained_model_name_or_path"),
     ("required", ["dataset=null"], ["dataset.path=org/data"], "dataset.path"),
@@ -656,6 +713,21 @@ RULE_CASES = [
         ["generation={max_new_tokens: 4, do_sample: false}"],
         "generation.top_p",
     ),
+    *(
+        (
+            "generation",
+            [f"generation={{max_new_tokens: 4, {key}: 0.5}}"],
+            [f"generation={{max_new_tokens: 4, {key}: 0.5, do_sample: true}}"],
+            f"generation.{key}",
+        )
+        for key in ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+    ),
+    (
+        "generation",
+        ["generation={max_new_tokens: 4, min_new_tokens: 5}"],
+        ["generation={max_new_tokens: 4, min_new_tokens: 4}"],
+        "generation.min_new_tokens",
+    ),
     ("local_files", ["dataset.path=json"], ["dataset.path=json", "dataset.data_files=a.jsonl"], "dataset.data_files"),
     ("local_files", ["dataset={path: csv, data_files: []}"], ["dataset.data_files=a.csv"], "dataset.data_files"),
     *(
@@ -791,6 +863,30 @@ RULE_CASES = [
         ["checks.prompts=[{prompt: a, max_new_tokens: 4, json: {$ref: 'https://example.org/s.json'}}]"],
         ["checks.prompts=[{prompt: a, max_new_tokens: 4, json: {$ref: '#/$defs/b', $defs: {b: {type: array}}}}]"],
         "checks.prompts.0.json",
+    ),
+    *(
+        (
+            "checks",
+            [f"checks.prompts=[{{prompt: a, max_new_tokens: 4, json: {broken}}}]"],
+            [f"checks.prompts=[{{prompt: a, max_new_tokens: 4, json: {whole}}}]"],
+            "checks.prompts.0.json",
+        )
+        for broken, whole in (
+            ("{$ref: '#'}", "{items: {$ref: '#'}}"),
+            ("{allOf: [{$ref: '#/allOf/0'}]}", "{allOf: [{type: object, properties: {a: {$ref: '#/allOf/0'}}}]}"),
+            (
+                "{type: object, required: [a], anyOf: [{$ref: '#'}]}",
+                "{anyOf: [{type: array, items: {$ref: '#'}}, true]}",
+            ),
+            ("{$dynamicRef: '#x', $dynamicAnchor: x}", "{items: {$dynamicRef: '#x'}, $dynamicAnchor: x}"),
+            ("{dependentSchemas: {a: {$ref: '#'}}}", "{dependentSchemas: {a: {items: {$ref: '#'}}}}"),
+            ("{not: {$ref: '#/not'}}", "{not: {properties: {a: {$ref: '#'}}}}"),
+            ("{$ref: '#/const', const: {allOf: 5}}", "{$ref: '#/const', const: {allOf: [{}]}}"),
+            ("{$ref: '#/a', a: 7}", "{$ref: '#/a', a: true}"),
+            ("{$ref: '#/allOf/x', allOf: [{}]}", "{$ref: '#/allOf/0', allOf: [{}]}"),
+            ("{$ref: '#/title/x', title: t}", "{$ref: '#/$defs/x', title: t, $defs: {x: {}}}"),
+            ("{allOf: [{$ref: '#/$defs/a'}], $defs: {a: {$ref: '#/b'}}}", "{$ref: '#/$defs/a', $defs: {a: false}}"),
+        )
     ),
 ]
 

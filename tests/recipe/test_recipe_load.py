@@ -142,6 +142,21 @@ def test_a_recipe_that_extends_itself_is_a_circle(tmp_path: Path) -> None:
     assert "child.yaml → child.yaml" in refusal(write(tmp_path, "extends: child.yaml\n"))
 
 
+def test_a_chain_of_parents_ends(tmp_path: Path) -> None:
+    write(tmp_path, PARENT, "0.yaml")
+    for number in range(1500):
+        write(tmp_path, f"extends: {number}.yaml\n", f"{number + 1}.yaml")
+    load_recipe(tmp_path / "10.yaml")
+    for number in (11, 1500):
+        assert "`extends` comes after 10 others in a chain" in refusal(tmp_path / f"{number}.yaml")
+
+
+def test_a_recipe_that_is_a_link_to_itself_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    assert "loop.yaml: cannot be read" in refusal(tmp_path / "loop.yaml")
+    assert "`extends` names a file that does not exist" in refusal(write(tmp_path, "extends: loop.yaml\n"))
+
+
 def test_a_circle_through_a_link_is_a_circle(tmp_path: Path) -> None:
     write(tmp_path, "extends: link.yaml\n")
     (tmp_path / "link.yaml").symlink_to(tmp_path / "child.yaml")
@@ -212,6 +227,20 @@ def test_a_word_that_is_no_override_is_refused(tmp_path: Path, word: str) -> Non
     message = refusal(write(tmp_path, PARENT), word)
     assert message.startswith("command line: ")
     assert "is not an override; write section.key=value" in message
+
+
+def test_an_override_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, PARENT)
+    for word in ("training.run_name=\udcff", "training.\udcff=1", "\udcff"):
+        message = refusal(path, word)
+        assert "is not UTF-8 text" in message
+        message.encode()
+
+
+def test_an_override_deeper_than_any_key_is_refused(tmp_path: Path) -> None:
+    message = refusal(write(tmp_path, PARENT), f"training.{'d.' * 3000}e=1")
+    assert "more than 40 deep" in message
+    assert len(message) < 400
 
 
 def test_broken_yaml_in_an_override_is_refused_as_the_command_lines(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Reading YAML: which scalars are what, where each value stands, and which files are refused."""
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,15 @@ def test_more_than_the_largest_recipe_is_refused(tmp_path: Path) -> None:
     assert "1,000,000" in str(error)
 
 
+def test_a_recipe_that_never_ends_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    for name in ("pipe.yaml", "zero.yaml"):
+        with pytest.raises(InvalidRecipe, match=rf"{name}: is a pipe or a device") as raised:
+            parse_file(tmp_path / name, [])
+        assert raised.value.exit_code == EXIT_USER
+
+
 def test_the_largest_recipe_itself_is_read(tmp_path: Path) -> None:
     text = "lora: 1\n# "
     assert parsed(tmp_path, text + "x" * (MAX_BYTES - len(text))).plain() == {"lora": 1}
@@ -256,8 +266,9 @@ def test_nesting_deeper_than_any_recipe_is_one_problem(tmp_path: Path, depth: in
     assert str(error).startswith(f"{tmp_path / 'r.yaml'}")
 
 
-def test_an_integer_too_long_to_read_is_one_problem(tmp_path: Path) -> None:
-    error = refusal(tmp_path, f"lora:\n  r: {'9' * 5000}\n")
+@pytest.mark.parametrize("digits", [41, 400, 5000])
+def test_an_integer_too_long_to_read_is_one_problem(tmp_path: Path, digits: int) -> None:
+    error = refusal(tmp_path, f"lora:\n  r: {'9' * digits}\n")
     assert str(error).startswith(f"{tmp_path / 'r.yaml'}:2:6: ")
 
 

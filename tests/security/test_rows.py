@@ -146,6 +146,78 @@ RECIPES = [
     ("R12", lambda maker: loaded(maker.recipe("r", Path("not/there/at/all"))), EXIT_USER, "no folder"),
     ("R12", keys(dataset={"data_files": {}}), EXIT_USER, "data_files"),
 ]
+HUGE = 10**39  # more than any setting takes; a number of more digits is not read
+BEYOND = [
+    (keys(lora={"lora_alpha": HUGE}), "lora_alpha"),
+    (keys(lora={"lora_alpha": int("9" * 400)}), "more than 40 digits"),
+    (keys(lora={"lora_alpha": 10**7}), "at most 1000000"),
+    (keys(lora={"rank_pattern": {"q_proj": 0}}), "at least 1"),
+    (keys(lora={"rank_pattern": {"q_proj": 1025}}), "at most 1024"),
+    (keys(lora={"rank_pattern": {"q_proj": 2.5}}), "an integer"),
+    (keys(lora={"alpha_pattern": {"q_proj": 0}}), "more than 0"),
+    (keys(lora={"alpha_pattern": {"q_proj": -1}}), "more than 0"),
+    (keys(lora={"alpha_pattern": {"q_proj": 10**7}}), "at most 1000000"),
+    (keys(lora={"layer_replication": [[0, -1]]}), "at least 0"),
+    (keys(lora={"layer_replication": [[0, 1, 2]]}), "layer_replication"),
+    (keys(lora={"layer_replication": [[0, HUGE]]}), "so large a number"),
+    (keys(lora={"init_lora_weights": "pissa_niter_99999999999"}), "init_lora_weights"),
+    (keys(dataset={"weight": 1e300}), "at most 1000000"),
+    (keys(training={"warmup_steps": int("9" * 400)}), "more than 40 digits"),
+    (keys(training={"warmup_steps": HUGE}), "so large a number"),
+    (keys(training={"max_grad_norm": HUGE}), "so large a number"),
+    (keys(training={"seed": 2**32}), "at most 4294967295"),
+    (keys(training={"data_seed": 2**32}), "at most 4294967295"),
+    (keys(training={"max_length": 10**18}), "at most 100000000"),
+    (keys(training={"num_train_epochs": 1e308}), "at most 1000000"),
+    (keys(training={"per_device_train_batch_size": 10**18}), "at most 1000000"),
+    (keys(training={"gradient_accumulation_steps": 10**18}), "at most 1000000"),
+    (keys(training={"pad_to_multiple_of": 0}), "at least 1"),
+    (keys(training={"pad_to_multiple_of": "many"}), "pad_to_multiple_of"),
+    (keys(training={"dataloader_num_workers": 10_000}), "at most 1024"),
+    (keys(training={"dataset_num_proc": 10**6}), "at most 1024"),
+    (keys(training={"dataloader_prefetch_factor": 10**9, "dataloader_num_workers": 1}), "at most 10000"),
+    (keys(training={"neftune_noise_alpha": 1e300}), "at most 10000"),
+    (keys(training={"weight_decay": 1e300}), "at most 10000"),
+    (keys(training={"ddp_timeout": 10**18}), "at most 100000000"),
+    (keys(training={"include_num_input_tokens_seen": "nope"}), "one of all, non_padding, no"),
+    (keys(training={"eos_token": ""}), "must not be empty"),
+    (keys(training={"chat_template_path": ""}), "must not be empty"),
+    (keys(generation={"temperature": int("9" * 400)}), "more than 40 digits"),
+    (keys(generation={"max_new_tokens": HUGE}), "max_new_tokens"),
+    (keys(generation={"min_p": 1.5}), "at most 1"),
+    (keys(generation={"eos_token_id": -1}), "at least 0"),
+    (keys(generation={"eos_token_id": [2, -1]}), "at least 0"),
+    (lambda maker: load_recipe(maker.recipe("r"), ["training.run_name=\udcff"]), "is not UTF-8 text"),
+    (lambda maker: load_recipe(maker.recipe("r"), [f"training.{'d.' * 3000}e=1"]), "more than 40 deep"),
+    (lambda maker: load_recipe(maker.text("r", f"extends: {'a/' * 3000}b\n{M}")), "a file that does not exist"),
+]
+RECIPES += [("R7", run, EXIT_USER, said) for run, said in BEYOND]
+RECIPES += [
+    ("R7", keys(**sections), 0, "")
+    for sections in (
+        {
+            "lora": {
+                "rank_pattern": {"q_proj": 8},
+                "alpha_pattern": {"q_proj": 0.5},
+                "layer_replication": [[0, 2], [1, 2]],
+            }
+        },
+        {"lora": {"init_lora_weights": "pissa_niter_16"}},
+        {
+            "training": {
+                "pad_to_multiple_of": "auto",
+                "seed": 2**32 - 1,
+                "save_total_limit": 10**9,
+                "save_steps": 10**12,
+            }
+        },
+        {"training": {"pad_to_multiple_of": None, "include_num_input_tokens_seen": True, "max_length": None}},
+        {"training": {"include_num_input_tokens_seen": "non_padding", "eos_token": None, "chat_template_path": None}},
+        {"generation": {"eos_token_id": [0, 2], "min_new_tokens": 1, "max_new_tokens": 4, "max_rows": None}},
+        {"generation": {"max_new_tokens": 4, "do_sample": True, "min_p": 0.05, "typical_p": 1.0, "top_h": 0.4}},
+        {"checks": {"prompts": [{"prompt": "a", "max_new_tokens": 4, "json": {"maximum": 2**64}}]}},
+    )
+]
 
 
 def _shard_gone(maker: Maker, name: str) -> Path:

@@ -57,6 +57,8 @@ RULES: list[Callable[[Values], Iterator[Finding]]] = [
     method.adapter_optimizers,
     method.only_b,
     rows.evaluation,
+    rows.best,
+    rows.workers,
     rows.packing,
     files.remote_code,
     method.merge_base,

@@ -26,12 +26,46 @@ def evaluation(values: Values) -> Iterator[Finding]:
             f"is {metric!r}, which no evaluation measures",
             "write loss or mean_token_accuracy",
         )
+    if training.get("eval_steps") is not None and "eval_strategy" not in training:
+        yield Finding(
+            "training.eval_steps",
+            "has no effect without `training.eval_strategy: steps`",
+            "set that, or drop this",
+        )
     for prefix, source in sources:
         if source.get("eval_split") == source.get("split", "train"):
             yield Finding(
                 f"{prefix}.eval_split",
                 "is the training split itself",
                 "name a split that is not trained on, or a share such as 0.05",
+            )
+
+
+def best(values: Values) -> Iterator[Finding]:
+    """What measures which state is the best, where nothing asks for it. A decision against it is no oversight."""
+    training = values.get("training", {})
+    asked = training.get("save_strategy") == "best" or training.get("lr_scheduler_type") == "reduce_lr_on_plateau"
+    if asked or "load_best_model_at_end" in training:
+        return
+    for key in ("metric_for_best_model", "greater_is_better"):
+        if training.get(key) is not None:
+            yield Finding(
+                f"training.{key}",
+                "has no effect without `training.load_best_model_at_end: true` or `training.save_strategy: best`",
+                "set one of them, or drop this",
+            )
+
+
+def workers(values: Values) -> Iterator[Finding]:
+    training = values.get("training", {})
+    if training.get("dataloader_num_workers"):
+        return
+    for name in ("persistent_workers", "multiprocessing_context", "prefetch_factor"):
+        if training.get(f"dataloader_{name}"):
+            yield Finding(
+                f"training.dataloader_{name}",
+                "is about the processes that read rows, and `training.dataloader_num_workers` asks for none",
+                "write `dataloader_num_workers: 2`, or drop it",
             )
 
 
@@ -66,7 +100,15 @@ def packing(values: Values) -> Iterator[Finding]:
 
 
 def steps(values: Values) -> Iterator[Finding]:
-    if values.get("training", {}).get("max_steps") == 0:
+    training = values.get("training", {})
+    warmup, most = training.get("warmup_steps", 0), training.get("max_steps", -1)
+    if most > 1 and warmup >= most and training.get("lr_scheduler_type") != "constant":
+        yield Finding(
+            "training.warmup_steps",
+            f"is {warmup}, and the run ends after `training.max_steps: {most}`, before the rate is what it should be",
+            "write fewer, or a share of all steps such as 0.03",
+        )
+    if most == 0:
         yield Finding(
             "training.max_steps",
             "is 0, which the Trainer takes for no limit: it would train all of `training.num_train_epochs`",
