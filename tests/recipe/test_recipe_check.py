@@ -467,19 +467,13 @@ RULE_CASES = [
     (
         "best",
         ["training.metric_for_best_model=loss"],
-        ["training.metric_for_best_model=loss", "training.load_best_model_at_end=false"],
+        ["training.metric_for_best_model=loss", "training.eval_strategy=no"],
         "training.metric_for_best_model",
     ),
     (
         "best",
         ["training.greater_is_better=false"],
-        ["training.greater_is_better=false", "training.save_strategy=best"],
-        "training.greater_is_better",
-    ),
-    (
-        "best",
-        ["training.greater_is_better=true"],
-        ["training.metric_for_best_model=loss", "training.lr_scheduler_type=reduce_lr_on_plateau"],
+        ["training.greater_is_better=false", "training.eval_strategy=steps", "dataset.eval_split=0.1"],
         "training.greater_is_better",
     ),
     *(

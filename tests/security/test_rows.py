@@ -123,7 +123,10 @@ RECIPES = [
         ("R8", keys(training={"metric_for_best_model": name}), EXIT_USER, "which no evaluation measures")
         for name in ("zzz", "tiny_loss", "train_loss", "entropy")
     ),
-    *(("R8", keys(training={"metric_for_best_model": name}), 0, "") for name in ("loss", "eval_mean_token_accuracy")),
+    *(
+        ("R8", keys(training={"metric_for_best_model": name, "eval_strategy": "no"}), 0, "")
+        for name in ("loss", "eval_mean_token_accuracy")
+    ),
     ("R8", keys(training={"fp16": True, "bf16": True}), EXIT_USER, "fp16"),
     (
         "R8",

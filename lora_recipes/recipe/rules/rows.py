@@ -42,18 +42,14 @@ def evaluation(values: Values) -> Iterator[Finding]:
 
 
 def best(values: Values) -> Iterator[Finding]:
-    """What measures which state is the best, where nothing asks for it. A decision against it is no oversight."""
+    """What measures which checkpoint is the best, and so stays, where nothing is ever measured. A decision against it is no
+    oversight."""
     training = values.get("training", {})
-    asked = training.get("save_strategy") == "best" or training.get("lr_scheduler_type") == "reduce_lr_on_plateau"
-    if asked or "load_best_model_at_end" in training:
+    if "eval_strategy" in training or training.get("eval_on_start"):
         return
     for key in ("metric_for_best_model", "greater_is_better"):
         if training.get(key) is not None:
-            yield Finding(
-                f"training.{key}",
-                "has no effect without `training.load_best_model_at_end: true` or `training.save_strategy: best`",
-                "set one of them, or drop this",
-            )
+            yield Finding(f"training.{key}", "has no effect without `training.eval_strategy`", "set that, or drop this")
 
 
 def workers(values: Values) -> Iterator[Finding]:
