@@ -221,6 +221,14 @@ def test_the_generation_section_is_what_answers_are_made_with(recipe: Path, chat
     assert "generation.num_beams=1" in chat(recipe, [], "generation.num_beams=2", code=2)[1]
 
 
+def test_a_section_that_no_answer_can_be_made_with_ends_before_the_chat_begins(
+    recipe: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lora_recipes.chat.load_base", lambda *args: pytest.fail("the weights were loaded"))
+    said = chat(recipe, [], "generation.bad_words_ids=[]", code=2)[1]
+    assert "`bad_words_ids` has to be a non-empty list" in " ".join(said.split())
+
+
 def test_wrong_adapters_end_before_the_chat_begins(recipe: Path, chat: Chat, tiny_model: Path):
     broken = make_adapter(tiny_model, Path("broken"), 5)
     (broken / "adapter_model.safetensors").write_bytes(b"")

@@ -23,6 +23,7 @@ from lora_recipes.model.machine import Choices
 from lora_recipes.model.sound import require_positions, require_vocabulary
 from lora_recipes.model.source import Source, materialise
 from lora_recipes.model.targets import Targets, find_targets
+from lora_recipes.model.trial import tried_generation
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir, published, read_json, text_sha256, write_text
 from lora_recipes.train.changes import require_same_material
@@ -79,6 +80,8 @@ def train(recipe: Recipe, ready: Ready) -> None:
     targets = find_targets(recipe, config)
     _require_small_on_cpu(recipe, choices, targets)
     ends = end_token_ids(recipe, source, tokenizer)
+    if recipe.section("generation"):  # what `generate` will refuse should not cost a training first
+        tried_generation(recipe, config, ends, tokenizer)
     data = load_data(recipe, tokenizer, set(ends))
     last = _last_checkpoint(recipe, run_dir)
     if ready.repeats is not None or last is not None:  # on every rank: a new run's weights are hashed by one alone
