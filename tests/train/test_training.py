@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -445,6 +446,44 @@ def test_what_an_owner_refuses_is_one_message_with_the_recipes_line(
     assert launch(str(path), []) == 2
     shown = capsys.readouterr().err
     assert f"error: {path}:" in shown and said in shown and "Traceback" not in shown
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "said"),
+    [
+        ("generation", {"sequence_bias": {}}, "`sequence_bias` has to be"),
+        ("training", {"optim_args": "a=b,c"}, "optim_args"),
+        ("training", {"optim": "rmsprop", "optim_args": "momentum=x"}, "optim"),
+        ("training", {"optim": "galore_adamw"}, "pip install git+https://github.com/jiaweizzhao/GaLore"),
+        ("training", {"optim": "adalomo"}, "lomo"),
+        ("training", {"optim": "adamw_anyprecision"}, "anyprecision"),
+        ("training", {"optim": "adamw_torch_xla"}, "torch_xla"),
+        ("training", {"torch_compile": True, "torch_compile_backend": "nope"}, "nope"),
+        ("training", {"torch_compile": True, "torch_compile_mode": "nope"}, "nope"),
+    ],
+)
+def test_what_would_be_refused_later_is_told_before_weights_are_loaded(
+    write_recipe: Callable[..., Path],
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    section: str,
+    keys: dict[str, Any],
+    said: str,
+):
+    monkeypatch.setattr("lora_recipes.train.session.load_base", lambda *args: pytest.fail("the weights were loaded"))
+    path = write_recipe(**{section: keys})
+    assert launch(str(path), []) == 2
+    shown = capsys.readouterr().err
+    assert f"error: {path}:" in shown and said in shown and "Traceback" not in shown
+
+
+def test_what_an_optimizer_refuses_while_it_is_made_is_one_message(
+    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture
+):
+    path = write_recipe(training={"optim": "sgd", "optim_args": "momentum=-5"})
+    assert launch(str(path), []) == 2
+    said = "no optimizer can be made of `optim: sgd` and `optim_args: momentum=-5`: Invalid momentum value: -5.0"
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_model_folder_without_weights_is_one_message(
