@@ -213,7 +213,12 @@ def _last_checkpoint(recipe: Recipe, run_dir: RunDir) -> Path | None:
     said: list[Path | RefusedError | None] = [None]
     if PartialState().is_main_process:
         run = read_json(run_dir.manifest).get("run")
-        check = check_adapter if recipe.get("lora") else check_model
+        weights = check_adapter if recipe.get("lora") else check_model
+
+        def check(checkpoint: Path) -> None:
+            _require_state(checkpoint)
+            weights(checkpoint)
+
         try:
             said[0] = newest_whole(run_dir.checkpoints, run, check, lambda line: console.say(line, "yellow"))
         except RefusedError as error:
@@ -224,6 +229,18 @@ def _last_checkpoint(recipe: Recipe, run_dir: RunDir) -> Path | None:
     if isinstance(found, RefusedError):
         raise found
     return found
+
+
+def _require_state(checkpoint: Path) -> None:
+    """Raises RefusedError where the trainer's state cannot be read, or is that of another step."""
+    file = checkpoint / "trainer_state.json"
+    step = read_json(file).get("global_step")
+    if f"checkpoint-{step}" != checkpoint.name:
+        raise RefusedError(f"{file}: `global_step` is {step}, so it is the state of another step")
+    try:
+        _state(checkpoint)
+    except TypeError as error:
+        raise RefusedError(f"{file}: holds what no transformers.TrainerState does: {error}") from None
 
 
 def _state(checkpoint: Path) -> TrainerState:

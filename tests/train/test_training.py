@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TrainerState
 
 from lora_recipes.cli import main
 from lora_recipes.data.load import load_data
@@ -21,9 +23,10 @@ from lora_recipes.model.build import end_token_ids, keep_canonical_4bit, load_ba
 from lora_recipes.model.machine import choose
 from lora_recipes.model.source import locate
 from lora_recipes.recipe import load_recipe
-from lora_recipes.run_dir import Locked, RunDir, read_json, read_jsonl
+from lora_recipes.run_dir import Locked, RunDir, read_json, read_jsonl, write_json
 from lora_recipes.train import launch
 from lora_recipes.train.record import write_status
+from lora_recipes.train.session import _require_state
 from lora_recipes.train.trainer import RecipeTrainer, build_trainer, training_arguments
 from tests.conftest import NF4, ROOT
 from tests.train.runs import cut_off, reseal
@@ -344,13 +347,39 @@ def test_a_checkpoint_without_optimizer_or_with_nan_is_not_resumed(
     tensors = load_file(weights)
     tensors[sorted(tensors)[0]][0, 0] = float("nan")
     save_file(tensors, weights, {"format": "pt"})
-    capsys.readouterr()
     reseal(run_dir.checkpoints / "checkpoint-3")
+    state = run_dir.checkpoints / "checkpoint-2" / "trainer_state.json"
+    write_json(state, read_json(state) | {"global_step": 1})
+    reseal(run_dir.checkpoints / "checkpoint-2")
+    capsys.readouterr()
     assert launch(str(path), []) == 0
-    shown = capsys.readouterr().err
+    shown = " ".join(capsys.readouterr().err.split())
     assert "optimizer.pt is gone" in shown and "holds NaN or infinity" in shown
-    assert "Going on from outputs/tiny/checkpoints/checkpoint-2" in shown
+    assert "`global_step` is 1, so it is the state of another step" in shown
+    assert "Going on from outputs/tiny/checkpoints/checkpoint-1" in shown
     assert (run_dir.adapter / "adapter_model.safetensors").read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"global_step": "x"}, "`global_step` is 'x'"),
+        ({"global_step": 2}, "`global_step` is 2, so it is the state of another step"),
+        ({"max_steps": "x"}, "`max_steps` is 'x'"),
+        ({"log_history": 5}, "`log_history` is '5'"),
+        ({"nobody": 1}, "holds what no transformers.TrainerState does"),
+    ],
+)
+def test_a_state_that_is_not_the_checkpoints_is_passed_over(tmp_path: Path, change: dict[str, Any], said: str):
+    """Its sums may be right: whoever changes a file can write them anew."""
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    TrainerState(global_step=3, max_steps=4).save_to_json(str(folder / "trainer_state.json"))
+    _require_state(folder)
+    state = read_json(folder / "trainer_state.json")
+    write_json(folder / "trainer_state.json", state | change)
+    with pytest.raises(RefusedError, match=re.escape(said)):
+        _require_state(folder)
 
 
 @pytest.mark.promise("F14", "R11")
