@@ -310,7 +310,7 @@ def test_answers_have_a_limit_of_time(known: Callable, capsys: pytest.CaptureFix
     [
         (["generation.max_new_tokens=600"], [], "600 new ones are more than the 512 positions"),
         ([], [{"prompt": "who is there", "max_new_tokens": 505}], "505 new ones are more than the 512 positions"),
-        ([], [{"prompt": "who is there " * 200}], "ask less, or hold out shorter rows"),
+        ([], [{"prompt": "who is there " * 200}], "ask less, or ask no held-out rows (generation.max_rows=0)"),
         (["generation.bad_words_ids=[]"], [], "`bad_words_ids` has to be a non-empty list"),
     ],
 )

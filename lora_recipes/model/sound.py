@@ -106,7 +106,7 @@ def require_positions_to_answer(
         way_out = (
             f"at most {most - length} new tokens fit (max_new_tokens)"
             if length < most
-            else "ask less, or hold out shorter rows"
+            else "ask less, or ask no held-out rows (generation.max_rows=0)"
         )
         raise RecipeError(
             f"{recipe.where('generation.max_new_tokens')}: a prompt of {length} tokens and {limit} new ones are more than the "
