@@ -14,12 +14,12 @@ from lora_recipes.data.load import used_rows
 from lora_recipes.data.masks import Masker
 from lora_recipes.errors import DataError, LoraRecipesError, RecipeError, RunError
 from lora_recipes.model.adapters import parse_named
-from lora_recipes.model.answer import generation_config
-from lora_recipes.model.build import load_base, load_merged
+from lora_recipes.model.build import load_base, load_merged, model_config
 from lora_recipes.model.machine import choose
 from lora_recipes.model.source import locate, materialise
 from lora_recipes.model.speaker import Speaker
 from lora_recipes.model.swapping import AdapterSet
+from lora_recipes.model.trial import tried_generation
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir
 from lora_recipes.trained import as_trained, require_own_adapter, require_same_adapter
@@ -71,7 +71,7 @@ def chat(recipe: Recipe, adapters: list[str], *, force: bool) -> None:
         tokenizer, set(opened.ends), "escape"
     )  # what is typed is words: a control token in it opens no turn
     dialogue = Dialogue(masker, next(used_rows(rows.train, 1), Conversation(text="")))
-    config = generation_config(recipe.section("generation"), opened.ends, tokenizer)
+    config = tried_generation(recipe, model_config(recipe, source), opened.ends, tokenizer)
     loaded: AdapterSet | None = None
     if recipe.get("lora"):
         loaded = AdapterSet(load_base(recipe, source, choices), {recipe.name: run_dir.adapter} | named)

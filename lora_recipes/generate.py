@@ -8,10 +8,12 @@ from lora_recipes.data.questions import Question, dialogue_form, questions
 from lora_recipes.errors import RunError
 from lora_recipes.judge import Signs, broken, fault
 from lora_recipes.model.adapted import attach_adapter, check_adapter
-from lora_recipes.model.answer import Answer, answer, generation_config, stop_strings
-from lora_recipes.model.build import load_base, load_merged
+from lora_recipes.model.answer import Answer, answer, stop_strings
+from lora_recipes.model.build import load_base, load_merged, model_config
 from lora_recipes.model.machine import choose
+from lora_recipes.model.sound import require_positions_to_answer
 from lora_recipes.model.source import locate, materialise
+from lora_recipes.model.trial import tried_generation
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir, write_jsonl
 from lora_recipes.score import expectation_of, summary, told
@@ -36,6 +38,7 @@ def generate(recipe: Recipe, *, force: bool = False, served: bool = False) -> di
 
     Raises:
         RunError: nothing trained yet, nothing to ask, or nothing to serve.
+        RecipeError: settings that no answer can be made with.
     """
     run_dir = RunDir.of(recipe.name)
     _require_trained(recipe, run_dir, served=served)
@@ -51,13 +54,17 @@ def generate(recipe: Recipe, *, force: bool = False, served: bool = False) -> di
     asked = questions(data)
     if not asked:
         raise RunError(f"{recipe.path}: nothing to ask; set generation.prompts, checks.prompts or dataset.eval_split")
-    config = generation_config(recipe.section("generation"), opened.ends, tokenizer)
+    architecture = model_config(recipe, source)
+    config = tried_generation(recipe, architecture, opened.ends, tokenizer)
     limits = [(question.expectation or {}).get("max_new_tokens") for question in asked]
+    bounds = [limit or config.max_new_tokens or 0 for limit in limits]
+    prompts = [question.input_ids for question in asked]
+    require_positions_to_answer(recipe, architecture, prompts, bounds)
     settings = (config, recipe.get("generation.batch_size", BATCH_SIZE), recipe.get("training.seed", 42), limits)
 
     def answers(model: Any, who: str) -> list[Answer | None]:
         console.say(f"Asking the {who} model {len(asked)} questions …")
-        return list(answer(model, tokenizer, [question.input_ids for question in asked], *settings))
+        return list(answer(model, tokenizer, prompts, *settings))
 
     given: Answers = {}
     model = load_base(recipe, source, choices).eval()
@@ -69,7 +76,6 @@ def generate(recipe: Recipe, *, force: bool = False, served: bool = False) -> di
     if run_dir.merged.is_dir():
         given["merged"] = answers(load_merged(run_dir.merged, recipe, choices), "merged")
     if served:
-        bounds = [limit or config.max_new_tokens for limit in limits]
         if config.max_time is not None:
             console.say("note: a server is asked for no generation.max_time", "yellow")
         given["served"] = _served(run_dir, asked, bounds, given["merged"], tokenizer)

@@ -3,12 +3,16 @@
 import json
 import re
 import unicodedata
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 from jsonschema import Draft202012Validator
 from referencing import Registry
+
+from lora_recipes.limits import TooMuch, bounded
+
+CHECK_SECONDS = 5.0  # of one check of one answer; a regular expression can take longer than the world lasts
 
 # An answer is in a loop when its end is one unit, again and again: at least so often, over at least so many columns.
 LOOP_REPEATS = 5
@@ -102,30 +106,55 @@ def broken(expectation: dict[str, Any], given: dict[str, Any], base: str | None)
         given: {"text"} and, where there is one, "fault".
         base: what the untrained model answered; None when it was not asked.
     """
-    return [
-        {"check": check, "expected": expectation[check], "found": found}
-        for check, found in _findings(expectation, given, base)
-    ]
+    failed = []
+    for check, judge in _JUDGES.items():
+        wanted = expectation.get(check)
+        if wanted is not None and wanted is not False and (found := _judged(judge, wanted, given, base)):
+            failed.append({"check": check, "expected": wanted, "found": found})
+    return failed
 
 
-def _findings(expectation: dict[str, Any], given: dict[str, Any], base: str | None) -> Iterator[tuple[str, str]]:
-    """(name of the check, what was found instead)."""
-    text = given["text"]
-    if "contains" in expectation:
-        wanted = expectation["contains"]
-        missing = [part for part in ([wanted] if isinstance(wanted, str) else wanted) if part not in text]
-        if missing:
-            yield "contains", f"does not contain {' and '.join(map(repr, missing))}"
-    if "equals" in expectation and text.strip() != expectation["equals"].strip():
-        yield "equals", "is something else"
-    if "regex" in expectation and not re.search(expectation["regex"], text):
-        yield "regex", "does not match"
-    if expectation.get("json", False) is not False and (why := _json_fault(text, expectation["json"])):
-        yield "json", why
-    if expectation["stops"] and "fault" in given:
-        yield "stops", given["fault"]
-    if expectation.get("differs_from_base") and (base is None or text == base):
-        yield "differs_from_base", "is what the untrained model answers" if base is not None else "base was not asked"
+def _judged(judge: "Judge", wanted: Any, given: dict[str, Any], base: str | None) -> str | None:
+    """What was found instead. An answer may be anything: what a check stumbles over it has not met."""
+    try:
+        with bounded(seconds=CHECK_SECONDS):
+            return judge(wanted, given, base)
+    except TooMuch:
+        return f"could not be judged: it took more than {CHECK_SECONDS:g} s"
+    except Exception as error:
+        return f"could not be judged: {shortened(f'{type(error).__name__}: {error}', 200)}"
+
+
+def _contains(wanted: str | list[str], given: dict[str, Any], _: str | None) -> str | None:
+    missing = [part for part in ([wanted] if isinstance(wanted, str) else wanted) if part not in given["text"]]
+    return f"does not contain {' and '.join(map(repr, missing))}" if missing else None
+
+
+def _equals(wanted: str, given: dict[str, Any], _: str | None) -> str | None:
+    return None if given["text"].strip() == wanted.strip() else "is something else"
+
+
+def _matches(wanted: str, given: dict[str, Any], _: str | None) -> str | None:
+    return None if re.search(wanted, given["text"]) else "does not match"
+
+
+def _differs(_: bool, given: dict[str, Any], base: str | None) -> str | None:
+    if base is None:
+        return "base was not asked"
+    return "is what the untrained model answers" if given["text"] == base else None
+
+
+Judge = Callable[
+    [Any, dict[str, Any], str | None], str | None
+]  # of what is wanted, what was given, and the base's answer
+_JUDGES: dict[str, Judge] = {
+    "contains": _contains,
+    "equals": _equals,
+    "regex": _matches,
+    "json": lambda schema, given, _: _json_fault(given["text"], schema),
+    "stops": lambda _, given, __: given.get("fault"),
+    "differs_from_base": _differs,
+}
 
 
 def _json_fault(text: str, schema: bool | dict[str, Any]) -> str | None:

@@ -98,6 +98,18 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         served=ANSWER,
     ),
     "metrics.jsonl": _object("step", step=WHOLE),
+    "trainer_state.json": _object(  # of a checkpoint
+        "global_step",
+        "max_steps",
+        "log_history",
+        global_step=WHOLE,
+        max_steps=WHOLE,
+        epoch=_or_null(NUMBER),
+        log_history={"type": "array", "items": OBJECT},
+        best_metric=_or_null(NUMBER),
+        best_model_checkpoint=_or_null(TEXT),
+        stateful_callbacks=OBJECT,
+    ),
 }
 
 

@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,10 +125,17 @@ class RunDir:
 
         Raises:
             MachineError: the folder cannot be created or written to.
-            RunError: what a step publishes there would lie behind a link.
+            RunError: what a step publishes there would lie behind a link, or a file is where a folder belongs, or a folder
+                where a file does.
         """
-        for folder in (self.adapter, self.merged, self.combined, self.exports):
+        replaced = (self.adapter, self.merged, self.combined, self.exports)
+        evidence = (self.evaluation, self.generations, self.parity, self.audit, self.rejected)
+        for folder in replaced:
             require_no_link(folder)
+        for folder in (*replaced, self.checkpoints):
+            require_folder(folder)
+        for file in (self.recipe, self.manifest, self.status, self.metrics, *evidence):
+            require_no_folder(file)
         probe = self.root / f".writable-{os.getpid()}"  # each rank probes
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -189,8 +197,8 @@ def remembered_sha256(file: Path) -> str:
     if file.is_symlink() and len(real.name) == BLOB:
         return real.name
     memory = cache_folder("hashes") / f"{text_sha256(str(real))[:32]}.json"
-    stat = real.stat()
-    stamp = [str(real), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    found = real.stat()
+    stamp = [str(real), found.st_size, found.st_mtime_ns, found.st_ino]
     try:
         known = read_json(memory)
     except BrokenFile:  # it can be made again
@@ -214,9 +222,12 @@ class Locked:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, READABLE)
         except OSError as error:
-            if error.errno not in (errno.ELOOP, errno.EISDIR):
+            if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # a link, a folder, a socket
                 raise
-            raise RefusedError(f"{path}: is a link or a folder, where a lock file is wanted; remove it") from None
+            raise _no_lock_file(path) from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise _no_lock_file(path)
         self.path, self.stream = path, os.fdopen(descriptor, "a+", encoding="utf-8")
         _locks.add(self)
 
@@ -247,6 +258,10 @@ class Locked:
     def release(self) -> None:
         """Let others in."""
         self.stream.close()
+
+
+def _no_lock_file(path: Path) -> RefusedError:
+    return RefusedError(f"{path}: is no plain file (a link, a folder, a pipe), where a lock file is wanted; remove it")
 
 
 _locks: WeakSet[Locked] = WeakSet()
@@ -297,6 +312,7 @@ def _replacing(path: Path, mode: int) -> Iterator[TextIO]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
+        require_no_folder(path)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -353,7 +369,7 @@ def published(folder: Path, *, private: bool = False, resumes: bool = False) -> 
     An existing `folder` is replaced only then.
 
     Raises:
-        RunError: `folder` is a link.
+        RunError: `folder` is a link, or a file.
 
     Args:
         private: whether only its owner may look into the folder, from the start, and read its files.
@@ -362,7 +378,8 @@ def published(folder: Path, *, private: bool = False, resumes: bool = False) -> 
     """
     staging = staging_of(folder)
     require_no_link(folder)
-    if staging.is_symlink():  # what somebody links to is somebody's
+    require_folder(folder)
+    if staging.is_symlink() or staging.is_file():  # what somebody links to is somebody's
         staging.unlink()
     if not resumes:
         shutil.rmtree(staging, ignore_errors=True)
@@ -390,6 +407,18 @@ def require_no_link(folder: Path) -> None:
             f"{folder}: is a link, behind which nothing is written or replaced; remove it, or link all of {OUTPUTS}/ to where "
             "there is room"
         )
+
+
+def require_folder(folder: Path) -> None:
+    """Raises RunError where a file bears the name of a folder that is written there."""
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder}: is a file, where a folder is written; move it away")
+
+
+def require_no_folder(file: Path) -> None:
+    """Raises RunError where a folder bears the name of a file that is written there."""
+    if file.is_dir():
+        raise RunError(f"{file}: is a folder, where a file is written; move it away")
 
 
 def staging_of(folder: Path) -> Path:

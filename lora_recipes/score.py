@@ -204,7 +204,7 @@ def fields_right(answer: str, expected: str) -> tuple[int, int]:
 def _object(text: str) -> dict[str, Any] | None:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -126,7 +126,8 @@ def test_keys_and_values_of_earlier_turns_are_not_computed_again(
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
-        widths.append(given.shape[1])
+        if self.config.num_hidden_layers > 1:  # not the one that the section is tried on
+            widths.append(given.shape[1])
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(LlamaModel, "forward", counted)
@@ -219,6 +220,14 @@ def test_the_generation_section_is_what_answers_are_made_with(recipe: Path, chat
     assert first == again  # seeded
     assert first != chat(recipe, ["ink"], *settings, "training.seed=7")[0]
     assert "generation.num_beams=1" in chat(recipe, [], "generation.num_beams=2", code=2)[1]
+
+
+def test_a_section_that_no_answer_can_be_made_with_ends_before_the_chat_begins(
+    recipe: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lora_recipes.chat.load_base", lambda *args: pytest.fail("the weights were loaded"))
+    said = chat(recipe, [], "generation.bad_words_ids=[]", code=2)[1]
+    assert "`bad_words_ids` has to be a non-empty list" in " ".join(said.split())
 
 
 def test_wrong_adapters_end_before_the_chat_begins(recipe: Path, chat: Chat, tiny_model: Path):

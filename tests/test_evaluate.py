@@ -177,6 +177,13 @@ def test_general_rows_that_are_not_there_are_asked_for(evaluated: Callable):
     assert code == 2 and "no file nowhere.jsonl" in report["error"]["message"]
 
 
+def test_a_file_without_a_row_that_can_be_read_is_named_with_its_first(evaluated: Callable):
+    Path("broken.jsonl").write_text('{"text": 5}\n[]\n')
+    code, report = evaluated(forgetting={"data_files": ["chat.jsonl", "broken.jsonl"]})
+    message = report["error"]["message"]
+    assert code == 2 and "no row of broken.jsonl can be read" in message and "broken.jsonl:1: `text`" in message
+
+
 def test_general_rows_may_lie_in_any_file_that_data_may(evaluated: Callable, workdir: Path):
     pandas.DataFrame(CHAT).to_parquet("chat.parquet")
     Path("text.txt").write_text("".join(f"{row['text']}\n" for row in TEXT))

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_recipes.cli import main
 from lora_recipes.data.load import load_data
 from lora_recipes.data.questions import DialogueForm, dialogue_form
-from lora_recipes.errors import EXIT_REFUSED, MachineError
+from lora_recipes.errors import EXIT_REFUSED, EXIT_USER, MachineError
 from lora_recipes.generate import generate
 from lora_recipes.merge import merge
 from lora_recipes.model.answer import answer, generation_config
@@ -303,6 +303,28 @@ def test_answers_have_a_limit_of_time(known: Callable, capsys: pytest.CaptureFix
     failed = next(one for one in found["failed"] if one["check"] == "stops")
     assert failed["found"] == "ran into the limit of time" and rows[failed["line"] - 1]["prompt"] == "who is there"
     assert f"(generations.jsonl:{failed['line']})" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "prompts", "said"),
+    [
+        (["generation.max_new_tokens=600"], [], "600 new ones are more than the 512 positions"),
+        ([], [{"prompt": "who is there", "max_new_tokens": 505}], "505 new ones are more than the 512 positions"),
+        ([], [{"prompt": "who is there " * 200}], "ask less, or ask no held-out rows (generation.max_rows=0)"),
+        (["generation.bad_words_ids=[]"], [], "`bad_words_ids` has to be a non-empty list"),
+    ],
+)
+def test_what_no_answer_can_be_made_with_is_told_before_weights_are_loaded(
+    known: Callable, monkeypatch: pytest.MonkeyPatch, words: list[str], prompts: list[dict[str, Any]], said: str
+):
+    monkeypatch.setattr("lora_recipes.generate.load_base", lambda *args: pytest.fail("the weights were loaded"))
+    code, found = known(*words, prompts=prompts)
+    assert code == EXIT_USER and said in str(found)
+
+
+def test_an_answer_may_fill_the_positions_of_the_model(known: Callable):
+    prompts = [{"prompt": "who is there", "max_new_tokens": 480}]
+    assert known("checks.min_stopped=0", "generation.max_rows=0", prompts=prompts)[0] == 0
 
 
 def test_limits_change_nothing_but_the_length(tiny_model: Path):

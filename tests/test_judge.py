@@ -1,5 +1,6 @@
 """What an answer is held against: each expectation both ways, loops and leaks against what only looks like them."""
 
+import json
 import socket
 import time
 from typing import Any
@@ -59,13 +60,43 @@ def test_a_schema_never_reaches_the_network(monkeypatch: pytest.MonkeyPatch):
     """`check` refuses such a recipe; whatever gets past it must not fetch."""
     asked: list[Any] = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda *place, **_: asked.append(place) or [])
-    with pytest.raises(Exception, match=r"example\.org"):
-        failed({"json": {"$ref": "https://example.org/s.json"}}, "1")
+    assert failed({"json": {"$ref": "https://example.org/s.json"}}, "1") == ["json"]
     assert asked == []
 
 
 def test_deeply_nested_json_is_a_finding_and_no_crash():
     assert failed({"json": True}, "[" * 100_000) == ["json"]
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "said"),
+    [
+        ({"multipleOf": 0.1}, "1" + "0" * 400, "OverflowError"),
+        (
+            {"properties": {"a": {"$ref": "#"}}, "additionalProperties": {"$ref": "#"}},
+            '{"a":' * 900 + "1" + "}" * 900,
+            "",
+        ),
+        ({"$ref": "#"}, "1", "RecursionError"),
+    ],
+)
+def test_an_answer_that_a_check_stumbles_over_has_not_met_it(schema: dict[str, Any], text: str, said: str):
+    [found] = broken({"stops": True, "json": schema}, {"text": text, "stopped": "eos"}, None)
+    assert found["check"] == "json" and said in found["found"] and len(found["found"]) < 300
+
+
+@pytest.mark.parametrize(
+    "expectation",
+    [
+        {"regex": r"^(([\s\S]|[\s\S][\s\S])*)*\x00$"},
+        {"json": {"pattern": r"^(([\s\S]|[\s\S][\s\S])*)*\x00$"}},
+    ],
+)
+def test_a_check_without_end_is_broken_off_and_fails(monkeypatch: pytest.MonkeyPatch, expectation: dict[str, Any]):
+    monkeypatch.setattr("lora_recipes.judge.CHECK_SECONDS", 0.2)
+    text = json.dumps("a" * 56)  # 58 characters
+    [found] = broken({"stops": True} | expectation, {"text": text, "stopped": "eos"}, None)
+    assert found["found"] == "could not be judged: it took more than 0.2 s"
 
 
 def test_every_check_that_fails_is_told():

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 
 from lora_recipes import console, run_dir
 from lora_recipes.cli import main
-from lora_recipes.errors import DataError, RunError
+from lora_recipes.errors import DataError, RefusedError, RunError
 from lora_recipes.run_dir import Locked, published, read_json, read_jsonl, write_json, write_jsonl, write_text
 
 ROOT = Path(__file__).parent.parent
@@ -120,6 +121,39 @@ def test_a_published_folder_may_be_for_its_owner_only(workdir: Path, private: bo
     assert (mode(folder) == 0o700) is private
 
 
+@pytest.mark.parametrize("name", ["adapter", "merged", "combined", "exports", "checkpoints"])
+def test_a_file_where_a_folder_is_written_is_told_before_anything_is_spent(workdir: Path, name: str):
+    (workdir / "outputs" / "r").mkdir(parents=True)
+    (workdir / "outputs" / "r" / name).write_text("somebody's")
+    with pytest.raises(RunError, match=f"{name}: is a file, where a folder is written"):
+        run_dir.RunDir.of("r").require_writable()
+    with pytest.raises(RunError, match="is a file"), published(workdir / "outputs" / "r" / name):
+        pytest.fail("it would be replaced")
+    assert (workdir / "outputs" / "r" / name).read_text() == "somebody's"
+
+
+@pytest.mark.parametrize("name", ["status.json", "manifest.json", "generations.jsonl", "rejected.jsonl"])
+def test_a_folder_where_a_file_is_written_is_told_before_anything_is_spent(workdir: Path, name: str):
+    (workdir / "outputs" / "r" / name).mkdir(parents=True)
+    with pytest.raises(RunError, match=f"{name}: is a folder, where a file is written"):
+        run_dir.RunDir.of("r").require_writable()
+
+
+def test_a_folder_in_the_place_of_a_page_is_one_message(write_recipe: Any, capsys: pytest.CaptureFixture):
+    path = write_recipe()
+    Path("outputs/tiny/preview.html").mkdir(parents=True)
+    assert main(["preview", str(path), "--html"]) == 2
+    assert "preview.html: is a folder, where a file is written" in " ".join(capsys.readouterr().err.split())
+    assert names(Path("outputs/tiny")) == ["preview.html"]
+
+
+def test_a_file_that_an_earlier_try_did_not_leave_makes_way_for_staging(workdir: Path):
+    (workdir / ".adapter.staging").write_text("a file")
+    with published(workdir / "adapter") as staging:
+        (staging / "weights").write_text("w")
+    assert names(workdir) == ["adapter"]
+
+
 # -- locks ------------------------------------------------------------------------------------------------------------
 
 HOLD = """
@@ -131,6 +165,17 @@ lock.acquire(wait=False)
 print("held", flush=True)
 sys.stdin.read()
 """
+
+
+def test_a_lock_is_a_plain_file(workdir: Path):
+    os.mkfifo("pipe.lock")
+    Path("folder.lock").mkdir()
+    Path("link.lock").symlink_to("elsewhere")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("socket.lock")
+    for name in ("pipe.lock", "folder.lock", "link.lock", "socket.lock"):
+        with pytest.raises(RefusedError, match=f"{name}: is no plain file"):
+            Locked(Path(name))
 
 
 def test_who_waits_for_a_lock_is_told_whom_for(workdir: Path):

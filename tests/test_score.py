@@ -65,6 +65,7 @@ def test_fields_are_compared_by_value():
     assert fields_right('{"a": 1, "b": 3}', '{"a": 1, "b": 2}') == (1, 2)
     assert fields_right("no", '{"a": 1}') == (0, 1)
     assert fields_right('{"a": 1}', "[1]") == (0, 0)
+    assert fields_right("[" * 100_000, '{"a": 1}') == (0, 1)
 
 
 def test_scores_count_held_out_rows_and_endings_all_rows():

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_recipes.data.files import KINDS, kind_of
 from lora_recipes.data.forms import settings_of_all
 from lora_recipes.data.load import LoadedData, load_data
-from lora_recipes.errors import RunError
+from lora_recipes.errors import DataError, RunError
 from lora_recipes.model.compare import Row, trained_row
 from lora_recipes.recipe import Recipe
 
@@ -48,6 +48,7 @@ def general_rows(
 
     Raises:
         RunError: no such file, one of an unknown kind, or not a row that the run did not train on.
+        DataError: a file that the recipe names holds no row that can be read.
     """
     wanted = recipe.get(KEY, SHIPPED)
     files = [wanted] if isinstance(wanted, str) else list(wanted)
@@ -104,9 +105,14 @@ def _read(file: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ends: l
     (rows,) = load_data(general, tokenizer, set(ends)).sources
     own = numpy.isin(rows.train.stat("hash"), seen)
     kept = rows.train.indices[~own][: recipe.get("checks.forgetting.max_rows", MAX_ROWS)]
-    tokens = rows.train.prepared.tokens
-    assert tokens is not None, "only a stream keeps no tokens"
+    tokens, unusable = rows.train.prepared.tokens, rows.train.prepared.counts.total()
+    if tokens is None:  # not a row of the file is one that this model can read
+        if recipe.get(KEY):
+            raise DataError(
+                f"{recipe.where(KEY)}: no row of {file} can be read, so nothing would be measured on it:\n"
+                f"  {rows.train.prepared.problems[0]}\ncorrect the file, or leave it out"
+            )
+        return General(file, [], 0, unusable)
     cut = [(row["input_ids"][:MAX_LENGTH], row["labels"][:MAX_LENGTH]) for row in tokens.select(kept)]
     taken = [trained_row(ids, labels) for ids, labels in cut]
-    unusable = rows.train.prepared.counts.total()
     return General(file, [row for row in taken if row is not None], int(own.sum()), unusable)

@@ -68,13 +68,8 @@ def finite(values: torch.Tensor) -> torch.Tensor:
     return least.isfinite() & most.isfinite()
 
 
-def require_positions(recipe: Recipe, config: PreTrainedConfig, longest: int, limit: int | None) -> None:
-    """Raises RecipeError where a row is longer than the model has positions for.
-
-    Args:
-        longest: tokens of the longest row, before it is cut.
-        limit: tokens that rows are cut at.
-    """
+def positions(recipe: Recipe, config: PreTrainedConfig) -> int | None:
+    """Tokens that a model has positions for; None where its config does not say so. Raises RecipeError for no number."""
     text = config.get_text_config()
     most = getattr(text, "max_position_embeddings", None)
     scaled = (getattr(text, "rope_parameters", None) or {}).get("factor") if most else None
@@ -82,12 +77,40 @@ def require_positions(recipe: Recipe, config: PreTrainedConfig, longest: int, li
         raise RecipeError(
             f"{recipe.where('model.pretrained_model_name_or_path')}: config.json: `max_position_embeddings` is {str(most)[:40]!r}"
         )
-    most = int(most * max(1.0, scaled)) if most and isinstance(scaled, int | float) else most
+    return int(most * max(1.0, scaled)) if most and isinstance(scaled, int | float) else most
+
+
+def require_positions(recipe: Recipe, config: PreTrainedConfig, longest: int, limit: int | None) -> None:
+    """Raises RecipeError where a row is longer than the model has positions for.
+
+    Args:
+        longest: tokens of the longest row, before it is cut.
+        limit: tokens that rows are cut at.
+    """
+    most = positions(recipe, config)
     length = longest if limit is None else min(longest, limit)
     if most and length > most:
         raise RecipeError(
             f"{recipe.where('training.max_length')}: a row has {length} tokens with this `training.max_length`, and `model` has "
             f"{most} positions (max_position_embeddings); set training.max_length={most}, or name a model with more"
+        )
+
+
+def require_positions_to_answer(
+    recipe: Recipe, config: PreTrainedConfig, prompts: list[list[int]], limits: list[int]
+) -> None:
+    """Raises RecipeError where a prompt (token ids) and the new tokens that it allows are more than the model has positions."""
+    most = positions(recipe, config)
+    length, limit = max(((len(prompt), limit) for prompt, limit in zip(prompts, limits, strict=True)), key=sum)
+    if most and length + limit > most:
+        way_out = (
+            f"at most {most - length} new tokens fit (max_new_tokens)"
+            if length < most
+            else "ask less, or ask no held-out rows (generation.max_rows=0)"
+        )
+        raise RecipeError(
+            f"{recipe.where('generation.max_new_tokens')}: a prompt of {length} tokens and {limit} new ones are more than the "
+            f"{most} positions of `model` (max_position_embeddings); {way_out}"
         )
 
 

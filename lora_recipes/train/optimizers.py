@@ -1,13 +1,15 @@
 """Optimizers that PEFT makes for adapters: LoRA+ and LoRA-FA, with the recipe's own rates, betas and decay."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.tuners.lora.layer import Embedding, ParamWrapper
 from torch.optim import Optimizer
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from lora_recipes.errors import RecipeError
 from lora_recipes.model.build import freeze_first_matrices
@@ -15,6 +17,24 @@ from lora_recipes.recipe import Recipe
 
 # Keys of `training` that no config class owns: arguments of PEFT's two functions, and the name of the second.
 OPTIMIZER_KEYS = ("loraplus_lr_ratio", "loraplus_lr_embedding", "lorafa")
+
+
+@contextmanager
+def optimizer_refusals(args: TrainingArguments) -> Iterator[None]:
+    """Whatever an optimizer stumbles over while it is made becomes a ValueError that names the keys it is made of."""
+    try:
+        yield
+    except (ValueError, ImportError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
+        how = f"`optim: {getattr(args.optim, 'value', args.optim)}`"
+        if args.optim_args:
+            how += f" and `optim_args: {args.optim_args}`"
+        raise ValueError(f"no optimizer can be made of {how}: {error}") from error
+
+
+def require_optimizer(args: TrainingArguments) -> None:
+    """Raises ValueError where an optimizer's package is not installed, or its arguments cannot be read: before the model is."""
+    with optimizer_refusals(args):
+        Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Sequential(torch.nn.Linear(1, 1)))
 
 
 def adapter_optimizer(trainer: Trainer, model: PeftModel, settings: Mapping[str, Any]) -> Optimizer:

@@ -23,6 +23,7 @@ from lora_recipes.model.machine import Choices
 from lora_recipes.model.sound import require_positions, require_vocabulary
 from lora_recipes.model.source import Source, materialise
 from lora_recipes.model.targets import Targets, find_targets
+from lora_recipes.model.trial import tried_generation
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir, published, read_json, text_sha256, write_text
 from lora_recipes.train.changes import require_same_material
@@ -79,6 +80,8 @@ def train(recipe: Recipe, ready: Ready) -> None:
     targets = find_targets(recipe, config)
     _require_small_on_cpu(recipe, choices, targets)
     ends = end_token_ids(recipe, source, tokenizer)
+    if recipe.section("generation"):  # what `generate` will refuse should not cost a training first
+        tried_generation(recipe, config, ends, tokenizer)
     data = load_data(recipe, tokenizer, set(ends))
     last = _last_checkpoint(recipe, run_dir)
     if ready.repeats is not None or last is not None:  # on every rank: a new run's weights are hashed by one alone
@@ -210,7 +213,12 @@ def _last_checkpoint(recipe: Recipe, run_dir: RunDir) -> Path | None:
     said: list[Path | RefusedError | None] = [None]
     if PartialState().is_main_process:
         run = read_json(run_dir.manifest).get("run")
-        check = check_adapter if recipe.get("lora") else check_model
+        weights = check_adapter if recipe.get("lora") else check_model
+
+        def check(checkpoint: Path) -> None:
+            _require_state(checkpoint)
+            weights(checkpoint)
+
         try:
             said[0] = newest_whole(run_dir.checkpoints, run, check, lambda line: console.say(line, "yellow"))
         except RefusedError as error:
@@ -221,6 +229,18 @@ def _last_checkpoint(recipe: Recipe, run_dir: RunDir) -> Path | None:
     if isinstance(found, RefusedError):
         raise found
     return found
+
+
+def _require_state(checkpoint: Path) -> None:
+    """Raises RefusedError where the trainer's state cannot be read, or is that of another step."""
+    file = checkpoint / "trainer_state.json"
+    step = read_json(file).get("global_step")
+    if f"checkpoint-{step}" != checkpoint.name:
+        raise RefusedError(f"{file}: `global_step` is {step}, so it is the state of another step")
+    try:
+        _state(checkpoint)
+    except TypeError as error:
+        raise RefusedError(f"{file}: holds what no transformers.TrainerState does: {error}") from None
 
 
 def _state(checkpoint: Path) -> TrainerState:

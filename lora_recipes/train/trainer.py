@@ -35,7 +35,13 @@ from lora_recipes.plan.architecture import layers_of
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir
 from lora_recipes.train.guards import GuardedTrainer
-from lora_recipes.train.optimizers import OPTIMIZER_KEYS, adapter_optimizer, freeze_what_never_moves
+from lora_recipes.train.optimizers import (
+    OPTIMIZER_KEYS,
+    adapter_optimizer,
+    freeze_what_never_moves,
+    optimizer_refusals,
+    require_optimizer,
+)
 
 # Read by lora_recipes.data and lora_recipes.model.build, which hand SFTTrainer finished tokens and labels.
 CONSUMED = ("assistant_only_loss", "completion_only_loss", "dataset_text_field", "chat_template_path")
@@ -48,8 +54,10 @@ class RecipeTrainer(GuardedTrainer):
     Attributes:
         batch_shape: of what was computed last: a micro-batch, or a piece of one.
         optimizer_settings: the recipe's own keys for LoRA+ or LoRA-FA.
+        recipe: that is trained.
     """
 
+    recipe: Recipe
     batch_shape: tuple[int, ...] | None = None
     optimizer_settings: Mapping[str, Any] = {}
     _pieces = 1  # of the micro-batch, that are still to come
@@ -57,12 +65,13 @@ class RecipeTrainer(GuardedTrainer):
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
         """PEFT's optimizer where the recipe asks for LoRA+ or LoRA-FA, else the Trainer's."""
-        if not self.optimizer_settings:
-            return super().create_optimizer(model)
-        self.optimizer: Optimizer = adapter_optimizer(
-            self, self.accelerator.unwrap_model(self.model), self.optimizer_settings
-        )
-        return self.optimizer
+        with refusals_of(self.recipe, "training"), optimizer_refusals(self.args):
+            if not self.optimizer_settings:
+                return super().create_optimizer(model)
+            self.optimizer: Optimizer = adapter_optimizer(
+                self, self.accelerator.unwrap_model(self.model), self.optimizer_settings
+            )
+            return self.optimizer
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         self.batch_shape = tuple(inputs["input_ids"].shape)
@@ -199,6 +208,7 @@ def build_trainer(
             peft_config=starting_config(section, last) if section else None,
             callbacks=callbacks,
         )
+    trainer.recipe = recipe
     trainer.name_row = lambda ids: place_of(data, ids) or f"one that begins {tokenizer.decode(ids[:16])!r}"
     _keep_adapter_precision(trainer, choices)
     if needs_whole_weights(section):
@@ -267,7 +277,25 @@ def training_arguments(section: dict[str, Any], run_dir: RunDir) -> SFTConfig:
         get_scheduler(args.lr_scheduler_type, nothing, 1, 10**6, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
     except TypeError as error:
         raise ValueError(f"lr_scheduler_kwargs: {error}") from error
+    require_optimizer(args)
+    _require_compiler(section)
     return args
+
+
+def _require_compiler(section: dict[str, Any]) -> None:
+    """Raises ValueError where torch knows no such backend or mode. Nothing is compiled before the first call."""
+    if not any(section.get(key) for key in COMPILE_KEYS):
+        return
+    try:
+        torch.compile(torch.nn.Identity(), **_compile_keywords(section))
+    except RuntimeError as error:
+        raise ValueError(f"torch_compile: {error}") from error
+
+
+def _compile_keywords(section: Mapping[str, Any]) -> dict[str, str]:
+    """What `torch_compile_backend` and `torch_compile_mode` say; the Trainer too takes a backend's name in any case."""
+    backend, mode = section.get("torch_compile_backend"), section.get("torch_compile_mode")
+    return ({"backend": backend.lower()} if backend else {}) | ({"mode": mode} if mode else {})
 
 
 def _compile_layers(model: torch.nn.Module, choices: Choices) -> None:
@@ -276,9 +304,8 @@ def _compile_layers(model: torch.nn.Module, choices: Choices) -> None:
     The Trainer would compile the whole step: minutes on a CPU, and the head's hook of one step would be taken for that of
     all others, since compiled code does not look at hooks again.
     """
-    how = {key: choices.training.get(f"torch_compile_{key}") for key in ("backend", "mode")}
     for layer in layers_of(model):
-        layer.compile(dynamic=True, **{key: value for key, value in how.items() if value})
+        layer.compile(dynamic=True, **_compile_keywords(choices.training))
     choices.made.append(Choice("torch_compile", "each decoder layer by itself", "compiling a whole step takes minutes"))
 
 

@@ -18,6 +18,7 @@ from lora_recipes.model.machine import choose
 from lora_recipes.model.sound import require_positions, require_vocabulary
 from lora_recipes.model.source import locate
 from lora_recipes.model.targets import find_targets
+from lora_recipes.model.trial import tried_generation
 from lora_recipes.recipe import load_recipe
 from lora_recipes.run_dir import RunDir
 from lora_recipes.train.trainer import training_arguments
@@ -91,7 +92,56 @@ def arguments(training: dict[str, Any]) -> Callable[[Maker], Any]:
     return run
 
 
+def answering(**generation: Any) -> Callable[[Maker], Any]:
+    """As `train`, `generate` and `chat` try the section before they load any weight."""
+
+    def run(maker: Maker) -> None:
+        read = load_recipe(maker.recipe("r", generation=generation))
+        source, before = locate(read), torch.get_rng_state()
+        try:
+            tried_generation(read, model_config(read, source), [2], load_tokenizer(read, source))
+        finally:
+            assert torch.equal(torch.get_rng_state(), before)
+
+    return run
+
+
 M = "model: {pretrained_model_name_or_path: x}\n"
+
+SAMPLED = {"do_sample": True}
+UNANSWERABLE: list[tuple[dict[str, Any], str]] = [
+    ({"stop_strings": []}, "`generation.stop_strings` is '[]'"),
+    ({"stop_strings": ""}, "`generation.stop_strings` is ''"),
+    ({"stop_strings": [""]}, "none of them empty"),
+    ({"stop_strings": [5]}, "`generation.stop_strings` is '[5]'"),
+    ({"eos_token_id": ["x"]}, "`generation` is refused by transformers.GenerationConfig"),
+    ({"eos_token_id": [None]}, "`generation` is refused"),
+    ({"bad_words_ids": []}, "`bad_words_ids` has to be a non-empty list"),
+    ({"bad_words_ids": [["x"]]}, "`bad_words_ids`"),
+    ({"bad_words_ids": [[10**9]]}, "vocabulary size"),
+    ({"sequence_bias": {}}, "`sequence_bias` has to be"),
+    ({"suppress_tokens": ["x"]}, "`generation` is refused"),
+    ({"cache_implementation": "nope"}, "Invalid `cache_implementation` (nope)"),
+    ({"watermarking_config": {"x": 1}}, "WatermarkingConfig"),
+    ({"early_stopping": "x"}, "`early_stopping` must be"),
+    (SAMPLED | {"min_p": 2.0}, "`min_p` has to be"),
+    (SAMPLED | {"top_h": 5.0}, "`top_h` must be"),
+    ({"forced_eos_token_id": 10**9}, "out of bounds"),
+    ({"exponential_decay_length_penalty": 5}, "TypeError"),
+    ({"exponential_decay_length_penalty": [1]}, "IndexError"),
+    (SAMPLED | {"temperature": 1e-300}, "probability tensor"),
+]
+ANSWERABLE: list[dict[str, Any]] = [
+    {},
+    SAMPLED | {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.05},
+    SAMPLED | {"typical_p": 0.9, "top_h": 0.4},
+    {"num_beams": 4, "early_stopping": True, "length_penalty": 0.8},
+    {"stop_strings": ["\n\n", "Human:"], "max_time": 30.0},
+    {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "min_new_tokens": 8},
+    {"cache_implementation": "static"},
+    {"guidance_scale": 1.5, "suppress_tokens": [5], "bad_words_ids": [[6, 7]], "eos_token_id": [2, 3]},
+    {"renormalize_logits": True, "watermarking_config": {"greenlist_ratio": 0.25}},
+]
 
 RECIPES = [
     ("R1", keys(training={"learning_rat": 1}), EXIT_USER, "did you mean `learning_rate`"),
@@ -138,6 +188,8 @@ RECIPES = [
     ("R8", rows_of(512), 0, ""),
     ("R8", rows_of(9000, max_length=512), 0, ""),
     ("R8", keys(training={"max_steps": 0}), EXIT_USER, "takes for no limit"),
+    *(("R8", answering(**keys), EXIT_USER, said) for keys, said in UNANSWERABLE),
+    *(("R8", answering(**keys), 0, "") for keys in ANSWERABLE),
     ("R9", keys(generation={"prompts": ["sk-" + "a" * 40]}), EXIT_REFUSED, "its value is not shown"),
     ("R9", keys(training={"hub_token": "anything"}), EXIT_REFUSED, "its value is not shown"),
     ("R10", named("a b"), EXIT_USER, "run folder"),

@@ -177,7 +177,7 @@ def test_what_somebody_links_to_is_neither_written_nor_deleted(
     run_dir.merged.unlink()
     run_dir.lock.unlink()
     run_dir.lock.symlink_to(precious)
-    refused(capsys, ["merge", "tiny.yaml"], ".lock: is a link or a folder")
+    refused(capsys, ["merge", "tiny.yaml"], ".lock: is no plain file (a link, a folder, a pipe)")
     assert precious.read_text() == "mine"
 
 

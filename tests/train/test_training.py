@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TrainerState
 
 from lora_recipes.cli import main
 from lora_recipes.data.load import load_data
@@ -20,9 +23,10 @@ from lora_recipes.model.build import end_token_ids, keep_canonical_4bit, load_ba
 from lora_recipes.model.machine import choose
 from lora_recipes.model.source import locate
 from lora_recipes.recipe import load_recipe
-from lora_recipes.run_dir import Locked, RunDir, read_json, read_jsonl
+from lora_recipes.run_dir import Locked, RunDir, read_json, read_jsonl, write_json
 from lora_recipes.train import launch
 from lora_recipes.train.record import write_status
+from lora_recipes.train.session import _require_state
 from lora_recipes.train.trainer import RecipeTrainer, build_trainer, training_arguments
 from tests.conftest import NF4, ROOT
 from tests.train.runs import cut_off, reseal
@@ -343,13 +347,39 @@ def test_a_checkpoint_without_optimizer_or_with_nan_is_not_resumed(
     tensors = load_file(weights)
     tensors[sorted(tensors)[0]][0, 0] = float("nan")
     save_file(tensors, weights, {"format": "pt"})
-    capsys.readouterr()
     reseal(run_dir.checkpoints / "checkpoint-3")
+    state = run_dir.checkpoints / "checkpoint-2" / "trainer_state.json"
+    write_json(state, read_json(state) | {"global_step": 1})
+    reseal(run_dir.checkpoints / "checkpoint-2")
+    capsys.readouterr()
     assert launch(str(path), []) == 0
-    shown = capsys.readouterr().err
+    shown = " ".join(capsys.readouterr().err.split())
     assert "optimizer.pt is gone" in shown and "holds NaN or infinity" in shown
-    assert "Going on from outputs/tiny/checkpoints/checkpoint-2" in shown
+    assert "`global_step` is 1, so it is the state of another step" in shown
+    assert "Going on from outputs/tiny/checkpoints/checkpoint-1" in shown
     assert (run_dir.adapter / "adapter_model.safetensors").read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"global_step": "x"}, "`global_step` is 'x'"),
+        ({"global_step": 2}, "`global_step` is 2, so it is the state of another step"),
+        ({"max_steps": "x"}, "`max_steps` is 'x'"),
+        ({"log_history": 5}, "`log_history` is '5'"),
+        ({"nobody": 1}, "holds what no transformers.TrainerState does"),
+    ],
+)
+def test_a_state_that_is_not_the_checkpoints_is_passed_over(tmp_path: Path, change: dict[str, Any], said: str):
+    """Its sums may be right: whoever changes a file can write them anew."""
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    TrainerState(global_step=3, max_steps=4).save_to_json(str(folder / "trainer_state.json"))
+    _require_state(folder)
+    state = read_json(folder / "trainer_state.json")
+    write_json(folder / "trainer_state.json", state | change)
+    with pytest.raises(RefusedError, match=re.escape(said)):
+        _require_state(folder)
 
 
 @pytest.mark.promise("F14", "R11")
@@ -445,6 +475,44 @@ def test_what_an_owner_refuses_is_one_message_with_the_recipes_line(
     assert launch(str(path), []) == 2
     shown = capsys.readouterr().err
     assert f"error: {path}:" in shown and said in shown and "Traceback" not in shown
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "said"),
+    [
+        ("generation", {"sequence_bias": {}}, "`sequence_bias` has to be"),
+        ("training", {"optim_args": "a=b,c"}, "optim_args"),
+        ("training", {"optim": "rmsprop", "optim_args": "momentum=x"}, "optim"),
+        ("training", {"optim": "galore_adamw"}, "pip install git+https://github.com/jiaweizzhao/GaLore"),
+        ("training", {"optim": "adalomo"}, "lomo"),
+        ("training", {"optim": "adamw_anyprecision"}, "anyprecision"),
+        ("training", {"optim": "adamw_torch_xla"}, "torch_xla"),
+        ("training", {"torch_compile": True, "torch_compile_backend": "nope"}, "nope"),
+        ("training", {"torch_compile": True, "torch_compile_mode": "nope"}, "nope"),
+    ],
+)
+def test_what_would_be_refused_later_is_told_before_weights_are_loaded(
+    write_recipe: Callable[..., Path],
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    section: str,
+    keys: dict[str, Any],
+    said: str,
+):
+    monkeypatch.setattr("lora_recipes.train.session.load_base", lambda *args: pytest.fail("the weights were loaded"))
+    path = write_recipe(**{section: keys})
+    assert launch(str(path), []) == 2
+    shown = capsys.readouterr().err
+    assert f"error: {path}:" in shown and said in shown and "Traceback" not in shown
+
+
+def test_what_an_optimizer_refuses_while_it_is_made_is_one_message(
+    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture
+):
+    path = write_recipe(training={"optim": "sgd", "optim_args": "momentum=-5"})
+    assert launch(str(path), []) == 2
+    said = "no optimizer can be made of `optim: sgd` and `optim_args: momentum=-5`: Invalid momentum value: -5.0"
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_model_folder_without_weights_is_one_message(
