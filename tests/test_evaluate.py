@@ -31,13 +31,12 @@ from lora_recipes.model.compare import (
     record,
     trained_row,
 )
-from lora_recipes.model.folder import write_sums
 from lora_recipes.model.machine import choose
 from lora_recipes.model.source import locate
 from lora_recipes.recipe import load_recipe
 from lora_recipes.run_dir import RunDir, read_json
 from lora_recipes.train import launch
-from tests.conftest import NF4, ROOT
+from tests.conftest import NF4, ROOT, publish_anew
 
 CHAT = [
     {"messages": [{"role": "user", "content": f"what is {n}"}, {"role": "assistant", "content": f"the number {n}"}]}
@@ -124,7 +123,7 @@ def test_an_adapter_that_changes_nothing_has_learnt_and_forgotten_nothing(evalua
     weights = adapter / "adapter_model.safetensors"
     tensors = {name: value * ("lora_B" not in name) for name, value in load_file(weights).items()}
     save_file(tensors, weights, {"format": "pt"})
-    write_sums(adapter)
+    publish_anew(adapter)
     code, report = evaluated(forgetting={"max_loss_increase": 0.0, "max_kl": 1e-9})
     assert code == 4 and report["improved"] is False  # equal is not better
     assert report["forgetting"]["kl"] == 0 and report["forgetting"]["passed"]

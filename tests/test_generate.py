@@ -23,11 +23,11 @@ from lora_recipes.generate import generate
 from lora_recipes.merge import merge
 from lora_recipes.model.answer import answer, generation_config
 from lora_recipes.model.build import end_token_ids, load_tokenizer
-from lora_recipes.model.folder import write_sums
 from lora_recipes.model.source import locate
 from lora_recipes.recipe import load_recipe
 from lora_recipes.run_dir import RunDir, file_sha256, read_jsonl
 from lora_recipes.train import launch
+from tests.conftest import publish_anew
 
 # Three short answers, which a tiny model knows by heart after some seconds.
 LEARNT = {"two pens": '{"size":2}', "red or blue": "blue", "who is there": "only me"}
@@ -167,7 +167,7 @@ def test_a_model_that_answers_as_the_base_does_is_refused(known: Callable):
     weights = RunDir.of("known").adapter / "adapter_model.safetensors"
     tensors = {name: value * ("lora_B" not in name) for name, value in load_file(weights).items()}
     save_file(tensors, weights, {"format": "pt"})
-    write_sums(weights.parent)
+    publish_anew(weights.parent)
     shutil.rmtree(RunDir.of("known").merged)
     prompts = [{"prompt": "two pens", "differs_from_base": True, "stops": False}]
     code, found = known("checks.min_stopped=0", prompts=prompts)
@@ -208,7 +208,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
-    write_sums(folder)  # as if it had been published so: what is changed later is refused for that alone
+    publish_anew(folder)  # as if it had been published so: what is changed later is refused for that alone
 
 
 def test_untying_the_head_alone_changes_no_answer(known: Callable):

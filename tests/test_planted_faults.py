@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 from lora_recipes.cli import main
 from lora_recipes.errors import MachineError, RefusedError
 from lora_recipes.merge import parity
-from lora_recipes.model.folder import require_publishable, write_sums
+from lora_recipes.model.folder import require_publishable
 from lora_recipes.run_dir import RunDir, read_json
 from lora_recipes.train import launch
-from tests.conftest import ROOT, tiny_recipe
+from tests.conftest import ROOT, publish_anew, tiny_recipe
 
 Told = Callable[[], str]
 
@@ -57,7 +57,7 @@ def change_adapter(run: RunDir, change: Callable[[dict[str, torch.Tensor]], None
     tensors = load_file(weights)
     change(tensors)
     save_file(tensors, weights, {"format": "pt"})
-    write_sums(run.adapter)
+    publish_anew(run.adapter)
 
 
 def test_without_a_fault_everything_passes(run: RunDir):
@@ -134,7 +134,7 @@ def test_a_wrong_scaling(run: RunDir, key: str, told: Told):
     config = run.adapter / "adapter_config.json"
     values = read_json(config)
     config.write_text(json.dumps(values | {key: 2 * values[key]}))
-    write_sums(run.adapter)
+    publish_anew(run.adapter)
     told()
     assert main(["merge", "r.yaml"]) == 4
     assert f"{key} is {2 * values[key]}, the adapter was trained with {values[key]} (r.yaml:" in told()

@@ -19,11 +19,10 @@ from lora_recipes import process
 from lora_recipes.cli import main
 from lora_recipes.metrics import metrics_sha256
 from lora_recipes.model.digest import gap, tensor_hashes
-from lora_recipes.model.folder import write_sums
 from lora_recipes.run_dir import RunDir, file_sha256, read_json, write_json, write_jsonl
 from lora_recipes.train import launch
 from lora_recipes.train import main as train_main
-from tests.conftest import ROOT, tiny_recipe
+from tests.conftest import ROOT, publish_anew, tiny_recipe
 from tests.train.launched import ENVIRONMENT, TORCHRUN
 from tests.train.runs import EVERY_STEP, cut_off
 
@@ -153,7 +152,7 @@ def test_what_came_out_other_is_told_where_it_began(run: RunDir, capsys: pytest.
     name = next(name for name in sorted(tensors) if LAYER in name)
     tensors[name].view(-1)[0] += 0.25
     save_file(tensors, other.adapter / WEIGHTS)
-    write_sums(other.adapter)
+    publish_anew(other.adapter)
     published = read_json(other.manifest)["published"]
     edit(other.manifest, published=published | {"tensors": tensor_hashes(other.adapter)})
     code, found, said = reproduce("outputs/tiny", capsys=capsys)

@@ -10,9 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_recipes.cli import main
-from lora_recipes.model.folder import write_sums
 from lora_recipes.run_dir import RunDir, file_sha256, read_json
-from tests.conftest import ROOT
+from tests.conftest import ROOT, publish_anew
 from tests.export.models import SPLITTERS, byte_level, make_model
 from tests.export.test_engines import adapter
 
@@ -78,7 +77,7 @@ def test_a_flipped_bit_in_the_merged_model_is_found_before_it_is_converted(
     merged: tuple[Path, RunDir], capsys: pytest.CaptureFixture
 ):
     path, run_dir = merged
-    write_sums(run_dir.merged)
+    publish_anew(run_dir.merged)
     weights = run_dir.merged / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-3] ^= 1
