@@ -1,6 +1,8 @@
 """What a model's own config may ask for: numbers. Code, kernels and sizes beyond reason are refused before any load."""
 
 import json
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,30 @@ COUNTS = (
     "num_experts",
     "n_routed_experts",
     "num_local_experts",
+    "num_labels",
 )
-MOST = 10_000  # layers or experts: each is an object in Python, even without memory
+MOST = 20_000  # layers, experts or labels: each is an object in Python, even without memory
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "n_embd",
+    "n_inner",
+    "n_head",
+    "d_model",
+    "ffn_dim",
+)
+WIDEST = 1_000_000  # features, heads or tokens; the widest model known has 262,144
+MOST_STRETCHED = 1_000_000  # times the positions it was trained with
+UNBOUNDED = re.compile("limit|max")  # in a key: of Mamba, `time_step_limit` is [0.0, Infinity]
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
+
+MOST_GROWTH = 1_000  # times the length of a text; tokenizers write one character for another
+PROBE = "aB 1."  # a pattern that is found between its characters adds text where there was none
 
 
 def require_safe_folder(folder: Path, *, trusted: bool = False) -> None:
@@ -57,10 +80,33 @@ def require_safe_config(values: dict[str, Any], where: str, *, trusted: bool = F
             )
         if name in KERNELS and value:
             raise RefusedError(f"{where}: `{key}` asks for compiled code from the hub; remove the entry")
-        if name in COUNTS and isinstance(value, int) and value > MOST:
-            raise RefusedError(f"{where}: `{key}` is {value}, more than any model has ({MOST:,})")
+        if fault := _fault(key, name, value):
+            raise RefusedError(f"{where}: `{key}` is {_short(value)}, {fault}; get the file again")
     if not trusted:
         _refuse_code(values, where)
+
+
+def _fault(key: str, name: str, value: Any) -> str | None:
+    """What is wrong with one entry of a config that is a number, or should be."""
+    if name == "float" and value in ("NaN", "Infinity", "-Infinity"):
+        value = float(value)  # how transformers writes them: {"__float__": "Infinity"}
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and not UNBOUNDED.search(key))):
+        return "no finite number"
+    if name in COUNTS and isinstance(value, int) and value > MOST:
+        return f"more than any model has ({MOST:,})"
+    if name in SIZES and number and not 0 <= value <= WIDEST:
+        return f"and a size lies between 0 and {WIDEST:,}"
+    if ("dropout" in name or name.endswith("pdrop")) and number and not 0 <= value <= 1:
+        return "and a share lies between 0 and 1"
+    rope = name == "rope_theta" or (name == "factor" and "rope" in key)
+    if rope and (isinstance(value, str) or (number and value <= 0)):
+        return "and positions are turned by a number above 0"
+    if rope and name == "factor" and number and value > MOST_STRETCHED:
+        return f"more than any model stretches its positions ({MOST_STRETCHED:,} times)"
+    if name in ("return_dict", "use_return_dict") and value is False:
+        return "and nothing that trains or answers can read what the model then gives; remove the entry"
+    return None
 
 
 def _refuse_code(values: dict[str, Any], where: str) -> None:
