@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from lora_recipes.errors import EXIT_BUG, EXIT_REFUSED, EXIT_USER, LoraRecipesError
 from lora_recipes.model.adapted import attach_adapter, check_adapter, require_change
-from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer, model_config, refusals_of
+from lora_recipes.model.adapters import combine
+from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer, meta_model, model_config, refusals_of
 from lora_recipes.model.identity import base_of, require_base, write_provenance
 from lora_recipes.model.machine import choose
 from lora_recipes.model.sound import require_positions, require_vocabulary
 from lora_recipes.model.source import locate
 from lora_recipes.model.targets import find_targets
+from lora_recipes.model.weights import read_entries
 from lora_recipes.recipe import load_recipe
 from lora_recipes.run_dir import RunDir
 from lora_recipes.train.trainer import training_arguments
@@ -195,6 +197,21 @@ def _dead_layer(tensors: dict[str, torch.Tensor]) -> None:
             tensor.zero_()
 
 
+def _header(**changes: Any) -> Callable[[Maker, str], Path]:
+    """Another entry of one weight in the header of the weight file, whose length is that of the true one."""
+
+    def make(maker: Maker, name: str) -> Path:
+        file = maker.model(name) / "model.safetensors"
+        begin, entries = read_entries(file)
+        values = file.read_bytes()[begin:]
+        entries["model.norm.weight"] |= changes
+        header = json.dumps(entries).encode()
+        file.write_bytes(len(header).to_bytes(8, "little") + header + values)
+        return file.parent
+
+    return make
+
+
 def positions(most: Any) -> Callable[[Maker], Any]:
     def run(maker: Maker) -> None:
         read = load_recipe(maker.recipe("r", maker.model("m", {"max_position_embeddings": most})))
@@ -216,6 +233,13 @@ MODELS = [
     ("M2", model(_torn), EXIT_REFUSED, "bytes long, where its header says"),
     ("M2", model(_shard_gone), EXIT_REFUSED, "names gone.safetensors, which is not there"),
     ("M2", model(_wrong_index), EXIT_REFUSED, "model.layers.9.extra is not in real.safetensors"),
+    ("M2", model(_header()), 0, ""),
+    ("M2", model(_header(shape=[32])), EXIT_REFUSED, "model.safetensors: cannot be read"),
+    ("M2", model(_header(shape=[-64])), EXIT_REFUSED, "model.norm.weight has the shape [-64]"),
+    ("M2", model(_header(shape=[6.4])), EXIT_REFUSED, "model.norm.weight has the shape [6.4]"),
+    ("M2", model(_header(dtype="F64")), EXIT_REFUSED, "where its shape and type (F64) would have it"),
+    ("M2", model(_header(dtype="NOPE")), EXIT_REFUSED, "'NOPE'"),
+    ("M2", model(_header(data_offsets=[0, 256])), EXIT_REFUSED, "model.safetensors: cannot be read"),
     ("M3", model(lambda maker, name: _index(maker, name, "../x.safetensors")), EXIT_REFUSED, "outside of this folder"),
     ("M3", model(_linked_shard), EXIT_REFUSED, "outside of this folder"),
     ("M4", config(auto_map={"AutoConfig": "evil.Evil"}), EXIT_REFUSED, "`auto_map` names 'evil.Evil'"),
@@ -280,9 +304,9 @@ def _other_base(maker: Maker) -> None:
     require_base(folder, base_of(other, locate(other)), force=False)
 
 
-def _attached(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Maker], Any]:
+def _attached(change: Callable[[dict[str, torch.Tensor]], Any], **values: Any) -> Callable[[Maker], Any]:
     def run(maker: Maker) -> None:
-        folder = maker.adapter("a")
+        folder = maker.adapter("a", **values)
         tensors = load_file(folder / "adapter_model.safetensors")
         change(tensors)
         save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
@@ -293,6 +317,25 @@ def _attached(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Mak
 
 def _attaching(**values: Any) -> Callable[[Maker], Any]:
     return lambda maker: attach_adapter(loaded(maker.recipe("r", maker.model("m"))), maker.adapter("a", **values))
+
+
+def combining(change: Callable[[dict[str, torch.Tensor]], Any] | None = None, **values: Any) -> Callable[[Maker], Any]:
+    """Another's adapter and one's own."""
+
+    def run(maker: Maker) -> None:
+        folder, read = maker.adapter("evil", **values), load_recipe(maker.recipe("r"))
+        tensors = load_file(folder / "adapter_model.safetensors")
+        if change is not None:
+            change(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        parts = {"evil": (folder, 0.5), "own": (maker.adapter("own", layers_to_transform=[0]), 0.5)}
+        combine(meta_model(model_config(read, locate(read)), read), parts, "svd", maker.folder / "combined")
+
+    return run
+
+
+def _of(kind: torch.dtype) -> Callable[[dict[str, torch.Tensor]], Any]:
+    return lambda tensors: tensors.update({KEY.format("A"): torch.ones(4, 64).to(kind)})
 
 
 def targeting(lora: dict[str, Any]) -> Callable[[Maker], Any]:
@@ -349,6 +392,25 @@ ADAPTERS = [
     ("A4", _attaching(trainable_token_indices=[10**12]), EXIT_REFUSED, "not an adapter of this model"),
     ("A4", _attaching(layers_pattern=["((("]), EXIT_REFUSED, "not an adapter of this model"),
     ("A4", _attaching(arrow_config={"x": 1}), EXIT_REFUSED, "adapter"),
+    ("A4", adapter(alpha_pattern=5), EXIT_REFUSED, "`alpha_pattern` is 5"),
+    ("A4", adapter(rank_pattern=[4]), EXIT_REFUSED, "`rank_pattern` is [4]"),
+    ("A4", adapter(rank_pattern={}, alpha_pattern=None), 0, ""),
+    ("A2", _attached(_of(torch.int8)), EXIT_REFUSED, "is of type I8, and an adapter holds floats"),
+    ("A2", _attached(_of(torch.bool)), EXIT_REFUSED, "is of type BOOL"),
+    ("A2", _attached(_of(torch.complex64)), EXIT_REFUSED, "is of type C64"),
+    ("A2", _attached(_of(torch.float8_e4m3fn)), EXIT_REFUSED, "is of type F8_E4M3"),
+    ("A2", _attached(_of(torch.bfloat16), layers_to_transform=[0]), 0, ""),
+    ("A2", _attached(_of(torch.float64), layers_to_transform=[0]), 0, ""),
+    ("A2", combining(lambda t: t.update({KEY.format("A"): torch.ones(())})), EXIT_REFUSED, "the shape [], no matrix"),
+    ("A2", combining(lambda t: t.update({KEY.format("B"): torch.ones(64, 5)})), EXIT_REFUSED, "not an adapter of"),
+    ("A4", combining(layers_to_transform=[0]), 0, ""),
+    ("A4", combining(target_modules=[]), EXIT_REFUSED, "not an adapter of this model"),
+    ("A4", combining(target_modules=""), EXIT_REFUSED, "not an adapter of this model"),
+    ("A4", combining(target_modules=[""]), EXIT_REFUSED, "not an adapter of this model"),
+    ("A4", combining(target_modules=["nope"]), EXIT_REFUSED, "not an adapter of this model"),
+    ("A4", combining(exclude_modules=".*"), EXIT_REFUSED, "not an adapter of this model"),
+    ("A4", combining(rank_pattern=[]), EXIT_REFUSED, "`rank_pattern` is []"),
+    ("A4", combining(init_lora_weights="loftq"), EXIT_REFUSED, "adapter"),
     ("A6", _attached(lambda t: t[KEY.format("A")].fill_(float("nan"))), EXIT_REFUSED, "NaN"),
     ("A6", _untrained, EXIT_REFUSED, "changes nothing"),
 ]
