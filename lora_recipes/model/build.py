@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file
 
 from lora_recipes import console
 from lora_recipes.errors import LoraRecipesError, RecipeError, RefusedError, machine_fault
@@ -33,7 +34,7 @@ from lora_recipes.model.folder import require_intact
 from lora_recipes.model.kinds import no_causal_model, require_causal
 from lora_recipes.model.machine import Choices
 from lora_recipes.model.precision import let_go_of_file
-from lora_recipes.model.safe import require_safe_config, require_safe_folder
+from lora_recipes.model.safe import require_safe_config, require_safe_folder, require_safe_tokenizer
 from lora_recipes.model.sound import require_whole
 from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
@@ -76,6 +77,10 @@ def refusals_of(recipe: Recipe, section: str) -> Iterator[None]:
             ) from error
         said = f"{type(error).__name__}: {error}" if isinstance(error, _STUMBLES) else error
         raise RecipeError(f"{recipe.where(section)}: `{section}` is refused by {OWNERS[section]}: {said}") from error
+    except Exception as error:  # the tokenizers library has no class of its own for a file that it cannot read
+        if section != "model" or type(error) is not Exception:
+            raise
+        raise RecipeError(f"{recipe.where(section)}: `{section}` is refused by {OWNERS[section]}: {error}") from error
 
 
 _HUB_KEYS = ("revision", "trust_remote_code", "cache_dir", "local_files_only", "subfolder")
@@ -89,6 +94,8 @@ def load_tokenizer(recipe: Recipe, source: Source) -> PreTrainedTokenizerBase:
     """
     with refusals_of(recipe, "model"):
         _require_safe(recipe, source)
+        if file := _tokenizer_file(recipe, source):
+            require_safe_tokenizer(Path(file))
         tokenizer = AutoTokenizer.from_pretrained(source.location, **_hub_keywords(recipe))
     end = recipe.get("training.eos_token")
     if end:
@@ -96,10 +103,13 @@ def load_tokenizer(recipe: Recipe, source: Source) -> PreTrainedTokenizerBase:
             raise RecipeError(f"{recipe.where('training.eos_token')}: `eos_token` {end!r} is not in the vocabulary")
         tokenizer.eos_token = end
     where = recipe.where("model.pretrained_model_name_or_path")
-    if not isinstance(tokenizer.chat_template, str | dict | None):
-        raise RecipeError(
-            f"{where}: the chat template of this tokenizer is {str(tokenizer.chat_template)[:40]!r}, no text"
-        )
+    own = tokenizer.chat_template
+    for template in own.values() if isinstance(own, dict) else [own]:
+        if not isinstance(template, str | None):
+            raise RecipeError(f"{where}: the chat template of this tokenizer is {str(template)[:40]!r}, no text")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        told = str(tokenizer.model_max_length)[:40]
+        raise RecipeError(f"{where}: tokenizer_config.json: `model_max_length` is {told!r}, no number")
     if not tokenizer.is_fast:
         raise RecipeError(f"{where}: this model has no fast tokenizer, which masking the prompt needs (tokenizer.json)")
     if tokenizer.eos_token is None:
@@ -109,6 +119,20 @@ def load_tokenizer(recipe: Recipe, source: Source) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _tokenizer_file(recipe: Recipe, source: Source) -> str | None:
+    """tokenizer.json of a folder, or of the hub, which is then in the cache; None for a model without."""
+    keywords = {key: value for key, value in _hub_keywords(recipe).items() if key != "trust_remote_code"}
+    found: str | None = cached_file(
+        source.location,
+        "tokenizer.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+        **keywords,
+    )
+    return found
 
 
 def end_token_ids(recipe: Recipe, source: Source, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -160,24 +184,21 @@ def meta_model(config: PreTrainedConfig, recipe: Recipe, dtype: torch.dtype | No
         dtype: type of its parameters; unset: the config's.
     """
     require_causal(recipe, config)
-    try:
-        with torch.device("meta"), _stumbles_of(recipe):
-            keywords: dict[str, Any] = {"trust_remote_code": bool(recipe.get("model.trust_remote_code"))}
-            if dtype is not None:
-                keywords["dtype"] = dtype
-            return AutoModelForCausalLM.from_config(config, **keywords)
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        raise no_causal_model(recipe, config) from None
+    with torch.device("meta"), _stumbles_of(recipe, config):
+        keywords: dict[str, Any] = {"trust_remote_code": bool(recipe.get("model.trust_remote_code"))}
+        if dtype is not None:
+            keywords["dtype"] = dtype
+        return AutoModelForCausalLM.from_config(config, **keywords)
 
 
 @contextmanager
-def _stumbles_of(recipe: Recipe) -> Iterator[None]:
-    """Sizes in a config.json that no model can have."""
+def _stumbles_of(recipe: Recipe, config: PreTrainedConfig) -> Iterator[None]:
+    """Sizes, types and names in a config.json that no model can have. Nothing lies in memory here that could run out."""
     try:
         yield
-    except _STUMBLES as error:
+    except (ValueError, RuntimeError, ImportError, *_STUMBLES) as error:
+        if "Unrecognized configuration class" in str(error):
+            raise no_causal_model(recipe, config) from None
         where = recipe.where("model.pretrained_model_name_or_path")
         raise RecipeError(
             f"{where}: config.json: no model can be made of it: {type(error).__name__}: {error}; get the model again"

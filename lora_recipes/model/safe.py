@@ -44,7 +44,7 @@ UNBOUNDED = re.compile("limit|max")  # in a key: of Mamba, `time_step_limit` is 
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
 
 MOST_GROWTH = 1_000  # times the length of a text; tokenizers write one character for another
-PROBE = "aB 1."  # a pattern that is found between its characters adds text where there was none
+PROBE = "aB 1."  # a pattern that finds nothing here, between two characters, adds text where there was none
 
 
 def require_safe_folder(folder: Path, *, trusted: bool = False) -> None:
@@ -84,6 +84,43 @@ def require_safe_config(values: dict[str, Any], where: str, *, trusted: bool = F
             raise RefusedError(f"{where}: `{key}` is {_short(value)}, {fault}; get the file again")
     if not trusted:
         _refuse_code(values, where)
+
+
+def require_safe_tokenizer(file: Path) -> None:
+    """Raises RefusedError for a tokenizer.json that makes a text longer without end, in code that no signal breaks off.
+
+    One that cannot be read is left to the library, which says why.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        growths = [_growth(values.get(name)) for name in ("normalizer", "pre_tokenizer", "decoder")]
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return
+    if max(growths) > MOST_GROWTH:
+        raise RefusedError(
+            f"{file}: its steps (`Replace`) make a text up to {min(max(growths), 10**12):,} times as long, where tokenizers write "
+            "one character for another; get the file again"
+        )
+
+
+def _growth(step: Any) -> int:
+    """Times the length of a text that a step of a tokenizer, with all steps in it, makes of it at most."""
+    parts = [step, *(value for _, value in _entries(step))]
+    return math.prod(_times(part) for part in parts if isinstance(part, dict))
+
+
+def _times(step: dict[str, Any]) -> int:
+    written = str(step.get({"Replace": "content", "Prepend": "prepend"}.get(str(step.get("type")), ""), ""))
+    pattern = step.get("pattern")
+    if not isinstance(pattern, dict) or not written:
+        return max(1, len(written))
+    if plain := pattern.get("String"):
+        return max(1, -(-len(written) // len(str(plain))))
+    try:
+        between = any(not match.group() for match in re.finditer(str(pattern.get("Regex", "")), PROBE))
+    except (re.error, OverflowError, RecursionError):  # tokenizers know other forms than Python
+        between = False
+    return len(written) + between
 
 
 def _fault(key: str, name: str, value: Any) -> str | None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_recipes.audit import audited
+from lora_recipes.data.audit import require_sound
 from lora_recipes.errors import EXIT_BUG, EXIT_REFUSED, EXIT_USER, LoraRecipesError
 from lora_recipes.model.adapted import attach_adapter, check_adapter, require_change
 from lora_recipes.model.adapters import combine
@@ -23,7 +25,7 @@ from lora_recipes.model.weights import read_entries
 from lora_recipes.recipe import load_recipe
 from lora_recipes.run_dir import RunDir
 from lora_recipes.train.trainer import training_arguments
-from tests.security.hostile import BOMB, KEY, Maker, _index, _linked_shard, _pickles, _torn
+from tests.security.hostile import BOMB, KEY, OPEN, SAID, Maker, _index, _linked_shard, _pickles, _torn
 
 
 @pytest.fixture
@@ -186,6 +188,42 @@ def _tokenizer(**changes: Any) -> Callable[[Maker, str], Path]:
     return make
 
 
+def _vocabulary(change: Callable[[dict[str, Any]], Any]) -> Callable[[Maker, str], Path]:
+    def make(maker: Maker, name: str) -> Path:
+        file = maker.model(name) / "tokenizer.json"
+        values = json.loads(file.read_text())
+        change(values)
+        file.write_text(json.dumps(values))
+        return file.parent
+
+    return make
+
+
+def _replacing(pattern: str, content: str, times: int) -> dict[str, Any]:
+    one = {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+    return {"type": "Sequence", "normalizers": [one] * times}
+
+
+METASPACE = {  # as Llama 2 has it
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ],
+}
+SPLIT = {"type": "Split", "pattern": {"Regex": "((("}, "behavior": "Isolated", "invert": False}
+
+
+def templated(template: str) -> Callable[[Maker], Any]:
+    """Rows of a model with this chat template."""
+
+    def run(maker: Maker) -> None:
+        read = load_recipe(maker.recipe("r", maker.model("m", chat_template__jinja=template)))
+        require_sound(audited(read)[1])
+
+    return run
+
+
 def _integers(tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         tensors[name] = tensor.to(torch.int8)
@@ -279,9 +317,39 @@ MODELS = [
     ("M8", config(hidden_size="64"), EXIT_USER, "hidden_size"),
     ("M8", config(num_attention_heads=0), EXIT_USER, "ZeroDivisionError"),
     ("M8", config(model_type=["llama"]), EXIT_USER, "`model` is refused"),
+    ("M8", config(dtype="int8"), EXIT_USER, "no model can be made of it: ValueError: LlamaForCausalLM cannot be"),
+    ("M8", config(dtype="complex64"), EXIT_USER, "no model can be made of it: ValueError"),
+    ("M8", config(attn_implementation="nope"), EXIT_USER, '`attn_implementation="nope"` is not supported'),
     ("M8", positions("x"), EXIT_USER, "max_position_embeddings"),
     ("M5", model(_tokenizer(eos_token=5)), EXIT_USER, "`model` is refused"),
     ("M5", model(_tokenizer(chat_template=5)), EXIT_USER, "chat template of this tokenizer is '5'"),
+    (
+        "M5",
+        model(_tokenizer(chat_template=[{"name": "default", "template": 5}])),
+        EXIT_USER,
+        "chat template of this tok",
+    ),
+    ("M5", model(_tokenizer(model_max_length="x")), EXIT_USER, "`model_max_length` is 'x', no number"),
+    ("M5", model(_vocabulary(lambda v: v["model"]["vocab"].update(zzz=-1))), EXIT_USER, "integer `-1`, expected u32"),
+    ("M5", model(_vocabulary(lambda v: v["model"].update(merges=[["nope", "x"]]))), EXIT_USER, "Token `nope`"),
+    ("M5", model(_vocabulary(lambda v: v["model"].update(type="Evil"))), EXIT_USER, "`model` is refused by"),
+    ("M5", model(_vocabulary(lambda v: v.update(pre_tokenizer=SPLIT))), EXIT_USER, "Oniguruma error"),
+    ("M5", model(_vocabulary(lambda v: v.update(normalizer=_replacing(".", "x" * 20, 6)))), EXIT_REFUSED, "64,000,000"),
+    (
+        "M5",
+        model(_vocabulary(lambda v: v.update(pre_tokenizer=_replacing("", "x", 20)))),
+        EXIT_REFUSED,
+        "make a text up",
+    ),
+    ("M5", model(_vocabulary(lambda v: v.update(normalizer=METASPACE))), 0, ""),
+    (
+        "M5",
+        templated("{% if %}"),
+        EXIT_USER,
+        "r.yaml:1: the chat template (the model's own) cannot be read, line 1: Expected",
+    ),
+    ("M5", templated("{{ 1/0 }}" + SAID + OPEN), EXIT_USER, "refuses the conversation: division by zero"),
+    ("M5", templated("{% for i in range(10**12) %}{% endfor %}" + SAID), EXIT_USER, "refuses the conversation: "),
     ("M5", ends({"eos_token_id": "x"}), EXIT_USER, "`eos_token_id` holds 'x'"),
     ("M5", ends({"eos_token_id": [[2]]}), EXIT_USER, "`eos_token_id` holds '[2]'"),
     ("M7", model(_changed(_integers)), EXIT_REFUSED, "every matrix of"),
