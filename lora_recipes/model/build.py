@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils.hub import cached_file
 
 from lora_recipes import console
@@ -166,7 +167,20 @@ def model_config(recipe: Recipe, source: Source) -> PreTrainedConfig:
     """The architecture's numbers; no weights are read."""
     with refusals_of(recipe, "model"):
         _require_safe(recipe, source)
-        return AutoConfig.from_pretrained(source.location, **_hub_keywords(recipe))
+        config = AutoConfig.from_pretrained(source.location, **_hub_keywords(recipe))
+        _require_known_quantization(recipe, config)
+    return config
+
+
+def _require_known_quantization(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """What transformers cannot open it would load as if it were not quantized, and only log so."""
+    own = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
+    if own is not None and not AutoHfQuantizer.supports_quant_method(own if isinstance(own, dict) else own.to_dict()):
+        where, method = recipe.where("model.pretrained_model_name_or_path"), str(own.get("quant_method"))[:40]
+        raise RecipeError(
+            f"{where}: config.json: `quantization_config.quant_method` is {method!r}, which transformers does not know; name the "
+            "16- or 32-bit model it was made from"
+        )
 
 
 def _require_safe(recipe: Recipe, source: Source) -> None:
@@ -273,6 +287,8 @@ def load_base(
     if dtype is not None:
         keywords["dtype"] = dtype
     config = quantization_config(choices.quantization) if quantized else None
+    if config is not None:  # unset it is left out: None would say that a base which is quantized on disk is not
+        keywords["quantization_config"] = config
     if choices.device == "cpu":
         # One device, and `choose` has said so. bitsandbytes would otherwise pick a GPU where there is one.
         keywords["device_map"] = {"": "cpu"} if config is not None else None
@@ -280,9 +296,7 @@ def load_base(
     elif config is not None or PartialState().distributed_type == DistributedType.NO:
         keywords.setdefault("device_map", {"": PartialState().local_process_index})
     with refusals_of(recipe, "model"):
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            source.location, quantization_config=config, output_loading_info=True, **keywords
-        )
+        model, loading = AutoModelForCausalLM.from_pretrained(source.location, output_loading_info=True, **keywords)
     if PartialState().is_local_main_process:  # of a sharded model the others hold parts
         require_whole(model, loading, source.named)
     keep_canonical_4bit(model)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_recipes.audit import audited
 from lora_recipes.data.audit import require_sound
@@ -224,6 +225,15 @@ def templated(template: str) -> Callable[[Maker], Any]:
     return run
 
 
+def _on_disk(maker: Maker, name: str) -> Path:
+    """A base that bitsandbytes has quantized, and saved."""
+    folder = maker.model(name)
+    AutoModelForCausalLM.from_pretrained(
+        maker.tiny, quantization_config=BitsAndBytesConfig(load_in_4bit=True), device_map={"": "cpu"}
+    ).save_pretrained(folder)
+    return folder
+
+
 def _integers(tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         tensors[name] = tensor.to(torch.int8)
@@ -320,6 +330,14 @@ MODELS = [
     ("M8", config(dtype="int8"), EXIT_USER, "no model can be made of it: ValueError: LlamaForCausalLM cannot be"),
     ("M8", config(dtype="complex64"), EXIT_USER, "no model can be made of it: ValueError"),
     ("M8", config(attn_implementation="nope"), EXIT_USER, '`attn_implementation="nope"` is not supported'),
+    ("M8", config(quantization_config={"quant_method": "evil"}), EXIT_USER, "'evil', which transformers does not know"),
+    (
+        "M8",
+        config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        EXIT_USER,
+        "Loading a GPTQ quantized model",
+    ),
+    ("M8", model(_on_disk), 0, ""),
     ("M8", positions("x"), EXIT_USER, "max_position_embeddings"),
     ("M5", model(_tokenizer(eos_token=5)), EXIT_USER, "`model` is refused"),
     ("M5", model(_tokenizer(chat_template=5)), EXIT_USER, "chat template of this tokenizer is '5'"),
