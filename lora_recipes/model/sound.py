@@ -11,6 +11,7 @@ from lora_recipes.errors import RecipeError, RefusedError
 from lora_recipes.recipe import Recipe
 
 LONGEST = 10**9  # positions; a number beyond has no float
+MOST_AHEAD = 4  # layers that predict tokens further ahead; models known have one to three
 SHOWN = 3  # names of weights in a message
 LAYER = re.compile(r".*?\.\d+(?=\.)")  # the part of a weight's name that names its layer
 
@@ -49,10 +50,11 @@ def require_whole(model: PreTrainedModel, loading: dict[str, Any], named: str) -
 def _left_out(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
     """Layers of the network that the files have and the model does not. What stands elsewhere in the files, such as a part
     that sees images, is not its own; nor are the last layers that only predict tokens further ahead (GLM, DeepSeek)."""
-    text = model.config.get_text_config()
-    ahead = getattr(text, "num_nextn_predict_layers", None) or 0
-    own = {within.group() for name, _ in model.named_parameters() if (within := LAYER.match(name))}
-    places = {layer.rpartition(".")[0] for layer in own}
+    said = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None)
+    ahead = min(said, MOST_AHEAD) if isinstance(said, int) else 0
+    layers = {within.group() for name, _ in model.named_parameters() if (within := LAYER.match(name))}
+    own = {".".join(layer.split(".")[start:]) for layer in layers for start in range(layer.count("."))}
+    places = {layer.rpartition(".")[0] for layer in own}  # in files, what stands before may be missing
     found = {within.group() for name in unexpected if (within := LAYER.match(name))} - own
     more = sorted((layer for layer in found if layer.rpartition(".")[0] in places), key=_number)
     return more if len(more) > ahead else []

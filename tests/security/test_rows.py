@@ -165,9 +165,9 @@ def _wrong_index(maker: Maker, name: str) -> Path:
     return folder
 
 
-def _changed(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Maker, str], Path]:
+def _changed(change: Callable[[dict[str, torch.Tensor]], Any], **config: Any) -> Callable[[Maker, str], Path]:
     def make(maker: Maker, name: str) -> Path:
-        folder = maker.model(name)
+        folder = maker.model(name, config)
         tensors = load_file(folder / "model.safetensors")
         change(tensors)
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -239,6 +239,12 @@ def _integers(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name] = tensor.to(torch.int8)
 
 
+def _bare(tensors: dict[str, torch.Tensor]) -> None:
+    """As a model without its head is saved."""
+    for name in list(tensors):
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+
 def _dead_layer(tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if "layers.1." in name:
@@ -300,6 +306,8 @@ MODELS = [
     ("M2", config(vocab_size=600), EXIT_REFUSED, "other shapes than config.json says"),
     ("M2", config(num_hidden_layers=3), EXIT_REFUSED, "are in none of its files"),
     ("M2", config(num_hidden_layers=1), EXIT_REFUSED, "1 more layers than config.json says (model.layers.1)"),
+    ("M2", model(_changed(_bare, num_hidden_layers=1)), EXIT_REFUSED, "1 more layers than config.json says (layers.1)"),
+    ("M2", model(_changed(_bare)), 0, ""),
     ("M2", model(_changed(lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))), 0, ""),
     ("M2", model(_changed(lambda t: t.update({"vision_tower.layers.9.fc.weight": torch.ones(8, 8)}))), 0, ""),
     ("M2", config(num_labels=10**9), EXIT_REFUSED, "`num_labels` is 1000000000, more than any model has"),
