@@ -168,7 +168,9 @@ def check_adapter(folder: Path) -> set[str]:
             f"{pickled}: a pickle, which can run code when it is loaded; no option loads an adapter from one. Ask its "
             "publisher for adapter_model.safetensors, or load and save it with PEFT where you trust it"
         )
-    read_config(folder, _require_matrices(weights) if weights.is_file() else {})
+    if not weights.is_file():  # a pipe would never end
+        raise RefusedError(f"{weights}: cannot be read: no such file")
+    read_config(folder, _require_matrices(weights))
     return _check_weights(weights)
 
 

@@ -126,7 +126,7 @@ def _named(config: dict[str, Any], key: str) -> dict[str, Any]:
 
 def _number(value: Any, *, whole: bool = False) -> bool:
     kinds = int if whole else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kinds) and not isinstance(value, bool) and (isinstance(value, int) or math.isfinite(value))
 
 
 def _layers(value: Any) -> float:

@@ -299,10 +299,23 @@ def load_base(
         model, loading = AutoModelForCausalLM.from_pretrained(source.location, output_loading_info=True, **keywords)
     if PartialState().is_local_main_process:  # of a sharded model the others hold parts
         require_whole(model, loading, source.named)
+    if plain := [name for name, module in model.named_modules() if _should_be_quantized(module)]:
+        raise RecipeError(
+            f"{recipe.where('model.pretrained_model_name_or_path')}: `quantization_config` in config.json says that the weights are "
+            f"quantized, and they are not ({plain[0]}); remove it, and set `quantization` in the recipe"
+        )
     keep_canonical_4bit(model)
     if config is not None and choices.device == "cpu":
         let_go_of_file(model.parameters())
     return model
+
+
+def _should_be_quantized(module: torch.nn.Module) -> bool:
+    """Whether a layer is bitsandbytes', and its weight is not."""
+    if type(module).__name__ not in ("Linear4bit", "Linear8bitLt"):
+        return False
+    weight = typing.cast(torch.Tensor, module.weight)
+    return weight.is_floating_point() and getattr(weight, "quant_state", None) is None
 
 
 def load_merged(folder: Path, recipe: Recipe, choices: Choices) -> PreTrainedModel:

@@ -212,6 +212,7 @@ METASPACE = {  # as Llama 2 has it
         {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
     ],
 }
+IN_4_BIT, IN_8_BIT = ({"quant_method": "bitsandbytes", f"load_in_{bits}bit": True} for bits in (4, 8))
 SPLIT = {"type": "Split", "pattern": {"Regex": "((("}, "behavior": "Isolated", "invert": False}
 
 
@@ -346,6 +347,8 @@ MODELS = [
         "Loading a GPTQ quantized model",
     ),
     ("M8", model(_on_disk), 0, ""),
+    ("M8", config(quantization_config=IN_4_BIT), EXIT_USER, "and they are not (model.layers.0."),
+    ("M8", config(quantization_config=IN_8_BIT), EXIT_USER, "and they are not (model.layers.0."),
     ("M8", positions("x"), EXIT_USER, "max_position_embeddings"),
     ("M5", model(_tokenizer(eos_token=5)), EXIT_USER, "`model` is refused"),
     ("M5", model(_tokenizer(chat_template=5)), EXIT_USER, "chat template of this tokenizer is '5'"),
@@ -486,6 +489,7 @@ ADAPTERS = [
     ("A4", _attaching(trainable_token_indices=[10**12]), EXIT_REFUSED, "not an adapter of this model"),
     ("A4", _attaching(layers_pattern=["((("]), EXIT_REFUSED, "not an adapter of this model"),
     ("A4", _attaching(arrow_config={"x": 1}), EXIT_REFUSED, "adapter"),
+    ("A4", adapter(lora_alpha=10**400), EXIT_REFUSED, "`'lora_alpha'` is 1000"),
     ("A4", adapter(alpha_pattern=5), EXIT_REFUSED, "`alpha_pattern` is 5"),
     ("A4", adapter(rank_pattern=[4]), EXIT_REFUSED, "`rank_pattern` is [4]"),
     ("A4", adapter(rank_pattern={}, alpha_pattern=None), 0, ""),
