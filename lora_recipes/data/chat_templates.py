@@ -4,9 +4,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from lora_recipes.data.masks import RENDER_BYTES, RENDER_ERRORS, RENDER_SECONDS
 from lora_recipes.errors import RecipeError
+from lora_recipes.limits import TooMuch, bounded
 from lora_recipes.recipe import Recipe
 
 # What rows mean to a tokenizer that has no chat template. Any other format needs one that the recipe names.
@@ -22,11 +26,15 @@ def settle(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, forms: list[str])
         forms: formats of the sources whose rows are conversations.
 
     Raises:
-        RecipeError: no such template, or none where one is needed, or sources that need different ones.
+        RecipeError: no such template, or none where one is needed, or sources that need different ones, or one that is broken.
     """
     wanted = recipe.get("training.chat_template_path")
     if wanted:
         tokenizer.chat_template, origin = _named(wanted, recipe, tokenizer)
+    if tokenizer.chat_template and forms:
+        key = "training.chat_template_path" if wanted else "model.pretrained_model_name_or_path"
+        _require_readable(tokenizer, recipe.where(key), origin if wanted else "the model's own")
+    if wanted:
         return origin
     if tokenizer.chat_template or not forms:
         return "the model's own" if tokenizer.chat_template else "none"
@@ -41,6 +49,22 @@ def settle(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, forms: list[str])
     default = str(defaults.pop())
     tokenizer.chat_template = _with_bos(_shipped(default), tokenizer)
     return f"`{default}`, for the tokenizer has none"
+
+
+def _require_readable(tokenizer: PreTrainedTokenizerBase, where: str, origin: str) -> None:
+    """A template that cannot be read is told once, and not of every row. What else it stumbles over depends on the row."""
+    own = tokenizer.chat_template
+    template = own if isinstance(own, str) else own.get("default") or next(iter(own.values()))
+    try:
+        with bounded(seconds=RENDER_SECONDS, memory=RENDER_BYTES):
+            render_jinja_template([[]], chat_template=template)
+    except TemplateSyntaxError as error:
+        raise RecipeError(
+            f"{where}: the chat template ({origin}) cannot be read, line {error.lineno}: {error.message}; mend it, or use another "
+            "(training.chat_template_path)"
+        ) from None
+    except (TooMuch, MemoryError, RecursionError, *RENDER_ERRORS):
+        return
 
 
 def shipped() -> list[str]:

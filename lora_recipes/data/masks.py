@@ -27,7 +27,7 @@ MARKS = re.compile("[\ue002\ue003]")
 LITERALS = re.compile("\ue002(\\d+)\ue003")
 RENDER_SECONDS = 2.0  # a conversation takes a tenth of a millisecond
 RENDER_BYTES = 4 << 30
-RENDER_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+RENDER_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError)
 
 Span = tuple[int, int]
 

@@ -1,5 +1,6 @@
 """A trained adapter on its base, with every tensor accounted for; and whether weights on disk are sound."""
 
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,10 +14,17 @@ from transformers import PreTrainedModel
 
 from lora_recipes.errors import LoraRecipesError, RefusedError, machine_fault
 from lora_recipes.model.adapter_config import read_config
-from lora_recipes.model.weights import header_of, require_own_files
+from lora_recipes.model.weights import header_of, read_entries, require_own_files
 
 # Ways of PEFT to begin that write into the base's weights.
 CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+FLOATS = (
+    "F16",
+    "BF16",
+    "F32",
+    "F64",
+)  # safetensors' names; a narrower type was cut from one of these, and is no training's
+MATRIX = re.compile(r"\.lora_([AB]\.weight|embedding_[AB])$")
 SHOWN_LINES = 3  # of what PEFT says
 UNMERGEABLE = {  # keys of peft.LoraConfig
     "alora_invocation_tokens": "an aLoRA adapter works only after its invocation tokens, which no plain model can do",
@@ -31,10 +39,11 @@ def fitting(folder: Path) -> Iterator[None]:
     """Around PEFT's loading of an adapter, which may come from anybody: what it stumbles over is the adapter's fault."""
     try:
         yield
-    except (TypeError, ValueError, LookupError, AttributeError, NotImplementedError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ImportError, AssertionError) as error:
         if machine_fault(error) or isinstance(error, LoraRecipesError):
             raise
-        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+        of_torch = isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError)
+        if of_torch and "size mismatch" not in str(error):
             raise
         said = str(error).strip().splitlines() or [""]
         told = "; ".join(line.strip() for line in said[:SHOWN_LINES])
@@ -159,8 +168,26 @@ def check_adapter(folder: Path) -> set[str]:
             f"{pickled}: a pickle, which can run code when it is loaded; no option loads an adapter from one. Ask its "
             "publisher for adapter_model.safetensors, or load and save it with PEFT where you trust it"
         )
-    read_config(folder, header_of(weights) if weights.is_file() else {})
+    if not weights.is_file():  # a pipe would never end
+        raise RefusedError(f"{weights}: cannot be read: no such file")
+    read_config(folder, _require_matrices(weights))
     return _check_weights(weights)
+
+
+def _require_matrices(weights: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor → shape. PEFT would cast what is no float, and lose a part of it without a word."""
+    shapes = header_of(weights)
+    for name, entry in read_entries(weights)[1].items():
+        if entry["dtype"] not in FLOATS:
+            raise RefusedError(
+                f"{weights}: {name} is of type {entry['dtype']}, and an adapter holds floats ({', '.join(FLOATS)}); get the "
+                "adapter from its publisher again"
+            )
+        if MATRIX.search(name) and len(shapes[name]) < 2:
+            raise RefusedError(
+                f"{weights}: {name} has the shape {list(shapes[name])}, no matrix; get the adapter from its publisher again"
+            )
+    return shapes
 
 
 def require_change(folder: Path) -> None:

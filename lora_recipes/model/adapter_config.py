@@ -88,6 +88,9 @@ def _problems(config: dict[str, Any]) -> Iterator[str]:
     for name, alpha in {"lora_alpha": config.get("lora_alpha", 8), **_named(config, "alpha_pattern")}.items():
         if not _number(alpha) or abs(alpha) > MAX_ALPHA:
             yield f"`{_short(name)}` is {_short(alpha)}, and alpha is a number up to {MAX_ALPHA:,.0f}"
+    for name in PATTERN_KEYS:
+        if not isinstance(config.get(name), dict | None):
+            yield f"`{name}` is {_short(config[name])}, and names of layers are given numbers there"
     dropout = config.get("lora_dropout", 0.0)
     if not _number(dropout) or not 0 <= dropout <= 1:
         yield f"`lora_dropout` is {_short(dropout)}, and a share lies between 0 and 1"
@@ -117,13 +120,13 @@ def _is_of(value: Any, schema: dict[str, Any]) -> bool:
 
 
 def _named(config: dict[str, Any], key: str) -> dict[str, Any]:
-    found = config.get(key) or {}
-    return {f"{key}.{name}": value for name, value in found.items()} if isinstance(found, dict) else {key: found}
+    found = config.get(key)
+    return {f"{key}.{name}": value for name, value in found.items()} if isinstance(found, dict) else {}
 
 
 def _number(value: Any, *, whole: bool = False) -> bool:
     kinds = int if whole else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kinds) and not isinstance(value, bool) and (isinstance(value, int) or math.isfinite(value))
 
 
 def _layers(value: Any) -> float:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from lora_recipes.errors import RefusedError, RunError
-from lora_recipes.model.adapted import check_adapter
+from lora_recipes.model.adapted import check_adapter, fitting
 from lora_recipes.model.initialise import changes_base
 from lora_recipes.recipe.vocabulary import COMBINATIONS
 from lora_recipes.run_dir import RunDir, published, read_json, write_json
@@ -240,9 +240,11 @@ def _without_memory(meta: PreTrainedModel) -> PreTrainedModel:
 
 def _with_adapters(base: PreTrainedModel, files: list[AdapterFile]) -> PeftModel:
     """All adapters beside each other; what PEFT gives a new one, such as its target modules, it takes from the first."""
-    model = PeftModel.from_pretrained(base, str(files[0].folder), adapter_name="adapter_0", low_cpu_mem_usage=False)
+    with fitting(files[0].folder):
+        model = PeftModel.from_pretrained(base, str(files[0].folder), adapter_name="adapter_0", low_cpu_mem_usage=False)
     for number, file in enumerate(files[1:], start=1):
-        model.load_adapter(str(file.folder), adapter_name=f"adapter_{number}", low_cpu_mem_usage=False)
+        with fitting(file.folder):
+            model.load_adapter(str(file.folder), adapter_name=f"adapter_{number}", low_cpu_mem_usage=False)
     for file, (name, config) in zip(files, model.peft_config.items(), strict=True):
         if config.target_parameters:  # PEFT turns the experts of a mixture into these when it loads
             raise RefusedError(f"{file.folder}: an adapter with `target_parameters` cannot be combined")

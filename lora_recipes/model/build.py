@@ -25,6 +25,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers import AutoHfQuantizer
+from transformers.utils.hub import cached_file
 
 from lora_recipes import console
 from lora_recipes.errors import LoraRecipesError, RecipeError, RefusedError, machine_fault
@@ -33,7 +35,7 @@ from lora_recipes.model.folder import require_intact
 from lora_recipes.model.kinds import no_causal_model, require_causal
 from lora_recipes.model.machine import Choices
 from lora_recipes.model.precision import let_go_of_file
-from lora_recipes.model.safe import require_safe_config, require_safe_folder
+from lora_recipes.model.safe import require_safe_config, require_safe_folder, require_safe_tokenizer
 from lora_recipes.model.sound import require_whole
 from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
@@ -76,6 +78,10 @@ def refusals_of(recipe: Recipe, section: str) -> Iterator[None]:
             ) from error
         said = f"{type(error).__name__}: {error}" if isinstance(error, _STUMBLES) else error
         raise RecipeError(f"{recipe.where(section)}: `{section}` is refused by {OWNERS[section]}: {said}") from error
+    except Exception as error:  # the tokenizers library has no class of its own for a file that it cannot read
+        if section != "model" or type(error) is not Exception:
+            raise
+        raise RecipeError(f"{recipe.where(section)}: `{section}` is refused by {OWNERS[section]}: {error}") from error
 
 
 _HUB_KEYS = ("revision", "trust_remote_code", "cache_dir", "local_files_only", "subfolder")
@@ -89,6 +95,8 @@ def load_tokenizer(recipe: Recipe, source: Source) -> PreTrainedTokenizerBase:
     """
     with refusals_of(recipe, "model"):
         _require_safe(recipe, source)
+        if file := _tokenizer_file(recipe, source):
+            require_safe_tokenizer(Path(file))
         tokenizer = AutoTokenizer.from_pretrained(source.location, **_hub_keywords(recipe))
     end = recipe.get("training.eos_token")
     if end:
@@ -96,10 +104,13 @@ def load_tokenizer(recipe: Recipe, source: Source) -> PreTrainedTokenizerBase:
             raise RecipeError(f"{recipe.where('training.eos_token')}: `eos_token` {end!r} is not in the vocabulary")
         tokenizer.eos_token = end
     where = recipe.where("model.pretrained_model_name_or_path")
-    if not isinstance(tokenizer.chat_template, str | dict | None):
-        raise RecipeError(
-            f"{where}: the chat template of this tokenizer is {str(tokenizer.chat_template)[:40]!r}, no text"
-        )
+    own = tokenizer.chat_template
+    for template in own.values() if isinstance(own, dict) else [own]:
+        if not isinstance(template, str | None):
+            raise RecipeError(f"{where}: the chat template of this tokenizer is {str(template)[:40]!r}, no text")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        told = str(tokenizer.model_max_length)[:40]
+        raise RecipeError(f"{where}: tokenizer_config.json: `model_max_length` is {told!r}, no number")
     if not tokenizer.is_fast:
         raise RecipeError(f"{where}: this model has no fast tokenizer, which masking the prompt needs (tokenizer.json)")
     if tokenizer.eos_token is None:
@@ -109,6 +120,20 @@ def load_tokenizer(recipe: Recipe, source: Source) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _tokenizer_file(recipe: Recipe, source: Source) -> str | None:
+    """tokenizer.json of a folder, or of the hub, which is then in the cache; None for a model without."""
+    keywords = {key: value for key, value in _hub_keywords(recipe).items() if key != "trust_remote_code"}
+    found: str | None = cached_file(
+        source.location,
+        "tokenizer.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+        **keywords,
+    )
+    return found
 
 
 def end_token_ids(recipe: Recipe, source: Source, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -142,7 +167,20 @@ def model_config(recipe: Recipe, source: Source) -> PreTrainedConfig:
     """The architecture's numbers; no weights are read."""
     with refusals_of(recipe, "model"):
         _require_safe(recipe, source)
-        return AutoConfig.from_pretrained(source.location, **_hub_keywords(recipe))
+        config = AutoConfig.from_pretrained(source.location, **_hub_keywords(recipe))
+        _require_known_quantization(recipe, config)
+    return config
+
+
+def _require_known_quantization(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """What transformers cannot open it would load as if it were not quantized, and only log so."""
+    own = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
+    if own is not None and not AutoHfQuantizer.supports_quant_method(own if isinstance(own, dict) else own.to_dict()):
+        where, method = recipe.where("model.pretrained_model_name_or_path"), str(own.get("quant_method"))[:40]
+        raise RecipeError(
+            f"{where}: config.json: `quantization_config.quant_method` is {method!r}, which transformers does not know; name the "
+            "16- or 32-bit model it was made from"
+        )
 
 
 def _require_safe(recipe: Recipe, source: Source) -> None:
@@ -160,24 +198,21 @@ def meta_model(config: PreTrainedConfig, recipe: Recipe, dtype: torch.dtype | No
         dtype: type of its parameters; unset: the config's.
     """
     require_causal(recipe, config)
-    try:
-        with torch.device("meta"), _stumbles_of(recipe):
-            keywords: dict[str, Any] = {"trust_remote_code": bool(recipe.get("model.trust_remote_code"))}
-            if dtype is not None:
-                keywords["dtype"] = dtype
-            return AutoModelForCausalLM.from_config(config, **keywords)
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        raise no_causal_model(recipe, config) from None
+    with torch.device("meta"), _stumbles_of(recipe, config):
+        keywords: dict[str, Any] = {"trust_remote_code": bool(recipe.get("model.trust_remote_code"))}
+        if dtype is not None:
+            keywords["dtype"] = dtype
+        return AutoModelForCausalLM.from_config(config, **keywords)
 
 
 @contextmanager
-def _stumbles_of(recipe: Recipe) -> Iterator[None]:
-    """Sizes in a config.json that no model can have."""
+def _stumbles_of(recipe: Recipe, config: PreTrainedConfig) -> Iterator[None]:
+    """Sizes, types and names in a config.json that no model can have. Nothing lies in memory here that could run out."""
     try:
         yield
-    except _STUMBLES as error:
+    except (ValueError, RuntimeError, ImportError, *_STUMBLES) as error:
+        if "Unrecognized configuration class" in str(error):
+            raise no_causal_model(recipe, config) from None
         where = recipe.where("model.pretrained_model_name_or_path")
         raise RecipeError(
             f"{where}: config.json: no model can be made of it: {type(error).__name__}: {error}; get the model again"
@@ -252,6 +287,8 @@ def load_base(
     if dtype is not None:
         keywords["dtype"] = dtype
     config = quantization_config(choices.quantization) if quantized else None
+    if config is not None:  # unset it is left out: None would say that a base which is quantized on disk is not
+        keywords["quantization_config"] = config
     if choices.device == "cpu":
         # One device, and `choose` has said so. bitsandbytes would otherwise pick a GPU where there is one.
         keywords["device_map"] = {"": "cpu"} if config is not None else None
@@ -259,15 +296,26 @@ def load_base(
     elif config is not None or PartialState().distributed_type == DistributedType.NO:
         keywords.setdefault("device_map", {"": PartialState().local_process_index})
     with refusals_of(recipe, "model"):
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            source.location, quantization_config=config, output_loading_info=True, **keywords
-        )
+        model, loading = AutoModelForCausalLM.from_pretrained(source.location, output_loading_info=True, **keywords)
     if PartialState().is_local_main_process:  # of a sharded model the others hold parts
         require_whole(model, loading, source.named)
+    if plain := [name for name, module in model.named_modules() if _should_be_quantized(module)]:
+        raise RecipeError(
+            f"{recipe.where('model.pretrained_model_name_or_path')}: `quantization_config` in config.json says that the weights are "
+            f"quantized, and they are not ({plain[0]}); remove it, and set `quantization` in the recipe"
+        )
     keep_canonical_4bit(model)
     if config is not None and choices.device == "cpu":
         let_go_of_file(model.parameters())
     return model
+
+
+def _should_be_quantized(module: torch.nn.Module) -> bool:
+    """Whether a layer is bitsandbytes', and its weight is not."""
+    if type(module).__name__ not in ("Linear4bit", "Linear8bitLt"):
+        return False
+    weight = typing.cast(torch.Tensor, module.weight)
+    return weight.is_floating_point() and getattr(weight, "quant_state", None) is None
 
 
 def load_merged(folder: Path, recipe: Recipe, choices: Choices) -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """Whether a base that was loaded is the whole model that its config describes: every weight from a file, every one finite."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from lora_recipes.errors import RecipeError, RefusedError
 from lora_recipes.recipe import Recipe
 
+LONGEST = 10**9  # positions; a number beyond has no float
+MOST_AHEAD = 4  # layers that predict tokens further ahead; models known have one to three
 SHOWN = 3  # names of weights in a message
 LAYER = re.compile(r".*?\.\d+(?=\.)")  # the part of a weight's name that names its layer
 
@@ -27,6 +30,11 @@ def require_whole(model: PreTrainedModel, loading: dict[str, Any], named: str) -
             f"{named}: {len(missing)} weights of its architecture are in none of its files ({', '.join(missing[:SHOWN])}), and "
             "would be random numbers; get the model again, or see whether `model_type` in config.json is right"
         )
+    if left := _left_out(model, loading["unexpected_keys"]):
+        raise RefusedError(
+            f"{named}: its files hold {len(left)} more layers than config.json says ({', '.join(left[:SHOWN])}), and without "
+            "them it is another model; get the model again, or see whether `num_hidden_layers` in config.json is right"
+        )
     broken = [name for name, parameter in model.named_parameters() if not _finite(parameter)]
     if broken:
         raise RefusedError(
@@ -37,6 +45,23 @@ def require_whole(model: PreTrainedModel, loading: dict[str, Any], named: str) -
             f"{named}: every matrix of {len(dead)} of its layers is zero ({', '.join(dead[:SHOWN])}), so nothing can be learnt "
             "there; get the model again, or see in which type its weights were saved"
         )
+
+
+def _left_out(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
+    """Layers of the network that the files have and the model does not. What stands elsewhere in the files, such as a part
+    that sees images, is not its own; nor are the last layers that only predict tokens further ahead (GLM, DeepSeek)."""
+    said = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None)
+    ahead = min(said, MOST_AHEAD) if isinstance(said, int) else 0
+    layers = {within.group() for name, _ in model.named_parameters() if (within := LAYER.match(name))}
+    own = {".".join(layer.split(".")[start:]) for layer in layers for start in range(layer.count("."))}
+    places = {layer.rpartition(".")[0] for layer in own}  # in files, what stands before may be missing
+    found = {within.group() for name in unexpected if (within := LAYER.match(name))} - own
+    more = sorted((layer for layer in found if layer.rpartition(".")[0] in places), key=_number)
+    return more if len(more) > ahead else []
+
+
+def _number(layer: str) -> int:
+    return int(layer.rpartition(".")[2])
 
 
 def _all_zero(model: PreTrainedModel) -> list[str]:
@@ -77,7 +102,9 @@ def positions(recipe: Recipe, config: PreTrainedConfig) -> int | None:
         raise RecipeError(
             f"{recipe.where('model.pretrained_model_name_or_path')}: config.json: `max_position_embeddings` is {str(most)[:40]!r}"
         )
-    return int(most * max(1.0, scaled)) if most and isinstance(scaled, int | float) else most
+    return (
+        int(min(most, LONGEST) * max(1.0, min(scaled, LONGEST))) if most and isinstance(scaled, int | float) else most
+    )
 
 
 def require_positions(recipe: Recipe, config: PreTrainedConfig, longest: int, limit: int | None) -> None:

@@ -1,6 +1,7 @@
 """The weight files that a folder claims to hold: their names, and whether they are data, whole, and its own."""
 
 import json
+import math
 import os
 import struct
 from pathlib import Path, PurePosixPath
@@ -9,6 +10,13 @@ from typing import Any
 from lora_recipes.errors import RefusedError
 
 LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
+BITS = {  # of one value, by safetensors' names (0.8: safetensors/src/tensor.rs)
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
+}
 CONVERT = "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
 
 
@@ -111,6 +119,9 @@ def read_entries(file: Path) -> tuple[int, dict[str, Any]]:
         if length > LONGEST_HEADER:
             raise ValueError(f"a header of {length} bytes")
         header = json.loads(stream.read(length))
+    said = header.get("__metadata__") or {}
+    if not all(isinstance(word, str) for word in said.values()):
+        raise ValueError("`__metadata__` holds more than texts")
     return 8 + length, {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
@@ -122,11 +133,25 @@ def header_of(file: Path) -> dict[str, tuple[int, ...]]:
     """
     try:
         begin, entries = read_entries(file)
-        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
-        end = begin + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        shapes, end = _shapes(entries), begin + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, struct.error) as error:
         raise RefusedError(f"{file}: cannot be read, no safetensors file: {error}; get the file again") from None
     size = file.stat().st_size
     if size != end:
         raise RefusedError(f"{file}: {size:,} bytes long, where its header says {end:,}; it was cut off, get it again")
+    return shapes
+
+
+def _shapes(entries: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Tensor → shape. Raises ValueError, KeyError or TypeError where the bytes of one are not those of its shape and type."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    at = 0  # tensors lie one behind the other
+    for name, entry in sorted(entries.items(), key=lambda pair: pair[1]["data_offsets"]):
+        name.encode("utf-8")
+        (first, last), shapes[name] = entry["data_offsets"], tuple(entry["shape"])
+        if not all(type(size) is int and size >= 0 for size in shapes[name]):
+            raise ValueError(f"{name} has the shape {str(entry['shape'])[:100]}")
+        if first != at or (last - first) * 8 != BITS[entry["dtype"]] * math.prod(shapes[name]):
+            raise ValueError(f"{name} does not lie where its shape and type ({entry['dtype']}) would have it")
+        at = last
     return shapes

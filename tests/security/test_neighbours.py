@@ -1,5 +1,7 @@
 """What looks like a hostile file and is an honest one: it goes through."""
 
+import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ from lora_recipes.data.formats import BadRow, Conversation
 from lora_recipes.data.frames import added_text
 from lora_recipes.errors import LoraRecipesError, RefusedError, RunError
 from lora_recipes.limits import TooMuch, bounded, watched
+from lora_recipes.model import source
 from lora_recipes.model.adapted import check_adapter
 from lora_recipes.model.build import load_base, load_tokenizer
 from lora_recipes.model.machine import choose
+from lora_recipes.model.safe import require_safe_config, require_safe_tokenizer
 from lora_recipes.model.source import locate
 from lora_recipes.model.weights import require_own_files
 from lora_recipes.recipe import load_recipe
@@ -28,11 +32,11 @@ def maker(workdir: Path, tiny_model: Path, tiny_data: dict[str, str]) -> Maker:
 
 def loaded(recipe: Path, **more: Any) -> Any:
     read = load_recipe(recipe, **more)
-    source = locate(read)
-    load_tokenizer(read, source)
-    return load_base(read, source, choose(read))
+    load_tokenizer(read, locate(read))
+    return load_base(read, locate(read), choose(read))
 
 
+FACTS = Path(source.__file__).with_name("configs")
 OWN_CODE = {"AutoConfig": "configuration_llama.LlamaConfig", "AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}
 
 
@@ -45,12 +49,30 @@ OWN_CODE = {"AutoConfig": "configuration_llama.LlamaConfig", "AutoModelForCausal
         {"_attn_implementation": "sdpa"},
         {"use_kernels": False},
         {"_name_or_path": "owner/name"},
+        {
+            "num_hidden_layers": 1,
+            "num_nextn_predict_layers": 1,
+        },  # GLM and DeepSeek: the last layer predicts further ahead
+        {"time_step_limit": [0.0, math.inf], "classifier_dropout": None},
     ],
 )
 def test_a_config_that_asks_for_nothing_is_loaded(maker: Maker, config: dict[str, Any]):
     folder = maker.model("m", config, modeling_llama__py=maker.code)
     assert type(loaded(maker.recipe("r", folder))).__module__.startswith("transformers.")
     assert not Path(maker.canary).exists()
+
+
+@pytest.mark.parametrize("file", sorted(FACTS.glob("*.json")), ids=lambda file: file.stem)
+def test_every_known_model_has_numbers_that_a_model_may_have(file: Path):
+    require_safe_config(json.loads(file.read_text())["config"], file.stem)
+
+
+@pytest.mark.parametrize("pattern", [{"String": " "}, {"Regex": " {2,}"}, {"Regex": "\\p{Z}+"}, {"Regex": "(?<=x) "}])
+def test_a_tokenizer_that_writes_one_character_for_another_is_read(tmp_path: Path, pattern: dict[str, str]):
+    steps = [{"type": "Prepend", "prepend": "▁"}] + [{"type": "Replace", "pattern": pattern, "content": "▁"}] * 9
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps({"normalizer": {"type": "Sequence", "normalizers": steps}, "decoder": steps[1]}))
+    require_safe_tokenizer(file)
 
 
 def test_safetensors_beside_a_pickle_are_what_is_loaded(maker: Maker):

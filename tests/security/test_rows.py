@@ -9,20 +9,25 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from lora_recipes.audit import audited
+from lora_recipes.data.audit import require_sound
 from lora_recipes.errors import EXIT_BUG, EXIT_REFUSED, EXIT_USER, LoraRecipesError
 from lora_recipes.model.adapted import attach_adapter, check_adapter, require_change
-from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer, model_config, refusals_of
+from lora_recipes.model.adapters import combine
+from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer, meta_model, model_config, refusals_of
 from lora_recipes.model.identity import base_of, require_base, write_provenance
 from lora_recipes.model.machine import choose
 from lora_recipes.model.sound import require_positions, require_vocabulary
 from lora_recipes.model.source import locate
 from lora_recipes.model.targets import find_targets
 from lora_recipes.model.trial import tried_generation
+from lora_recipes.model.weights import read_entries
 from lora_recipes.recipe import load_recipe
 from lora_recipes.run_dir import RunDir
 from lora_recipes.train.trainer import training_arguments
-from tests.security.hostile import BOMB, KEY, Maker, _index, _linked_shard, _pickles, _torn
+from tests.security.hostile import BOMB, KEY, OPEN, SAID, Maker, _index, _linked_shard, _pickles, _torn
 
 
 @pytest.fixture
@@ -287,9 +292,9 @@ def _wrong_index(maker: Maker, name: str) -> Path:
     return folder
 
 
-def _changed(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Maker, str], Path]:
+def _changed(change: Callable[[dict[str, torch.Tensor]], Any], **config: Any) -> Callable[[Maker, str], Path]:
     def make(maker: Maker, name: str) -> Path:
-        folder = maker.model(name)
+        folder = maker.model(name, config)
         tensors = load_file(folder / "model.safetensors")
         change(tensors)
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -311,15 +316,82 @@ def _tokenizer(**changes: Any) -> Callable[[Maker, str], Path]:
     return make
 
 
+def _vocabulary(change: Callable[[dict[str, Any]], Any]) -> Callable[[Maker, str], Path]:
+    def make(maker: Maker, name: str) -> Path:
+        file = maker.model(name) / "tokenizer.json"
+        values = json.loads(file.read_text())
+        change(values)
+        file.write_text(json.dumps(values))
+        return file.parent
+
+    return make
+
+
+def _replacing(pattern: str, content: str, times: int) -> dict[str, Any]:
+    one = {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+    return {"type": "Sequence", "normalizers": [one] * times}
+
+
+METASPACE = {  # as Llama 2 has it
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ],
+}
+IN_4_BIT, IN_8_BIT = ({"quant_method": "bitsandbytes", f"load_in_{bits}bit": True} for bits in (4, 8))
+SPLIT = {"type": "Split", "pattern": {"Regex": "((("}, "behavior": "Isolated", "invert": False}
+
+
+def templated(template: str) -> Callable[[Maker], Any]:
+    """Rows of a model with this chat template."""
+
+    def run(maker: Maker) -> None:
+        read = load_recipe(maker.recipe("r", maker.model("m", chat_template__jinja=template)))
+        require_sound(audited(read)[1])
+
+    return run
+
+
+def _on_disk(maker: Maker, name: str) -> Path:
+    """A base that bitsandbytes has quantized, and saved."""
+    folder = maker.model(name)
+    AutoModelForCausalLM.from_pretrained(
+        maker.tiny, quantization_config=BitsAndBytesConfig(load_in_4bit=True), device_map={"": "cpu"}
+    ).save_pretrained(folder)
+    return folder
+
+
 def _integers(tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         tensors[name] = tensor.to(torch.int8)
+
+
+def _bare(tensors: dict[str, torch.Tensor]) -> None:
+    """As a model without its head is saved."""
+    for name in list(tensors):
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
 
 
 def _dead_layer(tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if "layers.1." in name:
             tensor.zero_()
+
+
+def _header(**changes: Any) -> Callable[[Maker, str], Path]:
+    """Another entry of one weight in the header of the weight file, whose length is that of the true one."""
+
+    def make(maker: Maker, name: str) -> Path:
+        file = maker.model(name) / "model.safetensors"
+        begin, entries = read_entries(file)
+        values = file.read_bytes()[begin:]
+        entries["model.norm.weight"] |= changes
+        header = json.dumps(entries).encode()
+        file.write_bytes(len(header).to_bytes(8, "little") + header + values)
+        return file.parent
+
+    return make
 
 
 def positions(most: Any) -> Callable[[Maker], Any]:
@@ -343,6 +415,13 @@ MODELS = [
     ("M2", model(_torn), EXIT_REFUSED, "bytes long, where its header says"),
     ("M2", model(_shard_gone), EXIT_REFUSED, "names gone.safetensors, which is not there"),
     ("M2", model(_wrong_index), EXIT_REFUSED, "model.layers.9.extra is not in real.safetensors"),
+    ("M2", model(_header()), 0, ""),
+    ("M2", model(_header(shape=[32])), EXIT_REFUSED, "model.safetensors: cannot be read"),
+    ("M2", model(_header(shape=[-64])), EXIT_REFUSED, "model.norm.weight has the shape [-64]"),
+    ("M2", model(_header(shape=[6.4])), EXIT_REFUSED, "model.norm.weight has the shape [6.4]"),
+    ("M2", model(_header(dtype="F64")), EXIT_REFUSED, "where its shape and type (F64) would have it"),
+    ("M2", model(_header(dtype="NOPE")), EXIT_REFUSED, "'NOPE'"),
+    ("M2", model(_header(data_offsets=[0, 256])), EXIT_REFUSED, "model.safetensors: cannot be read"),
     ("M3", model(lambda maker, name: _index(maker, name, "../x.safetensors")), EXIT_REFUSED, "outside of this folder"),
     ("M3", model(_linked_shard), EXIT_REFUSED, "outside of this folder"),
     ("M4", config(auto_map={"AutoConfig": "evil.Evil"}), EXIT_REFUSED, "`auto_map` names 'evil.Evil'"),
@@ -354,6 +433,23 @@ MODELS = [
     ("M7", model(_changed(lambda t: t["model.norm.weight"].fill_(float("inf")))), EXIT_REFUSED, "model.norm.weight"),
     ("M2", config(vocab_size=600), EXIT_REFUSED, "other shapes than config.json says"),
     ("M2", config(num_hidden_layers=3), EXIT_REFUSED, "are in none of its files"),
+    ("M2", config(num_hidden_layers=1), EXIT_REFUSED, "1 more layers than config.json says (model.layers.1)"),
+    ("M2", model(_changed(_bare, num_hidden_layers=1)), EXIT_REFUSED, "1 more layers than config.json says (layers.1)"),
+    ("M2", model(_changed(_bare)), 0, ""),
+    ("M2", model(_changed(lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))), 0, ""),
+    ("M2", model(_changed(lambda t: t.update({"vision_tower.layers.9.fc.weight": torch.ones(8, 8)}))), 0, ""),
+    ("M2", config(num_labels=10**9), EXIT_REFUSED, "`num_labels` is 1000000000, more than any model has"),
+    ("M2", config(rms_norm_eps=math.inf), EXIT_REFUSED, "`rms_norm_eps` is inf, no finite number"),
+    ("M2", config(rms_norm_eps={"__float__": "NaN"}), EXIT_REFUSED, "no finite number"),
+    ("M2", config(time_step_limit=[0.0, math.inf]), 0, ""),
+    ("M2", config(rope_theta=0), EXIT_REFUSED, "`rope_theta` is 0, and positions are turned by a number above 0"),
+    ("M2", config(rope_theta="x"), EXIT_REFUSED, "`rope_theta` is x"),
+    ("M2", config(rope_scaling={"type": "linear", "factor": -1}), EXIT_REFUSED, "`rope_scaling.factor` is -1"),
+    ("M2", config(rope_parameters={"rope_type": "default", "factor": 1e308}), EXIT_REFUSED, "stretches its positions"),
+    ("M2", config(hidden_size=-64), EXIT_REFUSED, "`hidden_size` is -64, and a size lies between 0 and 1,000,000"),
+    ("M2", config(hidden_size=10**12), EXIT_REFUSED, "`hidden_size` is 1000000000000"),
+    ("M2", config(attention_dropout=5), EXIT_REFUSED, "`attention_dropout` is 5, and a share lies between 0 and 1"),
+    ("M2", config(return_dict=False), EXIT_REFUSED, "remove the entry"),
     ("M8", config(model_type="bert"), EXIT_USER, "bert is no causal language model of text alone"),
     ("M8", config(model_type="roberta"), EXIT_USER, "roberta is no causal language model"),
     ("M8", config(model_type="t5", architectures=["T5Model"]), EXIT_USER, "t5"),
@@ -367,9 +463,49 @@ MODELS = [
     ("M8", config(hidden_size="64"), EXIT_USER, "hidden_size"),
     ("M8", config(num_attention_heads=0), EXIT_USER, "ZeroDivisionError"),
     ("M8", config(model_type=["llama"]), EXIT_USER, "`model` is refused"),
+    ("M8", config(dtype="int8"), EXIT_USER, "no model can be made of it: ValueError: LlamaForCausalLM cannot be"),
+    ("M8", config(dtype="complex64"), EXIT_USER, "no model can be made of it: ValueError"),
+    ("M8", config(attn_implementation="nope"), EXIT_USER, '`attn_implementation="nope"` is not supported'),
+    ("M8", config(quantization_config={"quant_method": "evil"}), EXIT_USER, "'evil', which transformers does not know"),
+    (
+        "M8",
+        config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        EXIT_USER,
+        "Loading a GPTQ quantized model",
+    ),
+    ("M8", model(_on_disk), 0, ""),
+    ("M8", config(quantization_config=IN_4_BIT), EXIT_USER, "and they are not (model.layers.0."),
+    ("M8", config(quantization_config=IN_8_BIT), EXIT_USER, "and they are not (model.layers.0."),
     ("M8", positions("x"), EXIT_USER, "max_position_embeddings"),
     ("M5", model(_tokenizer(eos_token=5)), EXIT_USER, "`model` is refused"),
     ("M5", model(_tokenizer(chat_template=5)), EXIT_USER, "chat template of this tokenizer is '5'"),
+    (
+        "M5",
+        model(_tokenizer(chat_template=[{"name": "default", "template": 5}])),
+        EXIT_USER,
+        "chat template of this tok",
+    ),
+    ("M5", model(_tokenizer(model_max_length="x")), EXIT_USER, "`model_max_length` is 'x', no number"),
+    ("M5", model(_vocabulary(lambda v: v["model"]["vocab"].update(zzz=-1))), EXIT_USER, "integer `-1`, expected u32"),
+    ("M5", model(_vocabulary(lambda v: v["model"].update(merges=[["nope", "x"]]))), EXIT_USER, "Token `nope`"),
+    ("M5", model(_vocabulary(lambda v: v["model"].update(type="Evil"))), EXIT_USER, "`model` is refused by"),
+    ("M5", model(_vocabulary(lambda v: v.update(pre_tokenizer=SPLIT))), EXIT_USER, "Oniguruma error"),
+    ("M5", model(_vocabulary(lambda v: v.update(normalizer=_replacing(".", "x" * 20, 6)))), EXIT_REFUSED, "64,000,000"),
+    (
+        "M5",
+        model(_vocabulary(lambda v: v.update(pre_tokenizer=_replacing("", "x", 20)))),
+        EXIT_REFUSED,
+        "make a text up",
+    ),
+    ("M5", model(_vocabulary(lambda v: v.update(normalizer=METASPACE))), 0, ""),
+    (
+        "M5",
+        templated("{% if %}"),
+        EXIT_USER,
+        "r.yaml:1: the chat template (the model's own) cannot be read, line 1: Expected",
+    ),
+    ("M5", templated("{{ 1/0 }}" + SAID + OPEN), EXIT_USER, "refuses the conversation: division by zero"),
+    ("M5", templated("{% for i in range(10**12) %}{% endfor %}" + SAID), EXIT_USER, "refuses the conversation: "),
     ("M5", ends({"eos_token_id": "x"}), EXIT_USER, "`eos_token_id` holds 'x'"),
     ("M5", ends({"eos_token_id": [[2]]}), EXIT_USER, "`eos_token_id` holds '[2]'"),
     ("M7", model(_changed(_integers)), EXIT_REFUSED, "every matrix of"),
@@ -392,9 +528,9 @@ def _other_base(maker: Maker) -> None:
     require_base(folder, base_of(other, locate(other)), force=False)
 
 
-def _attached(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Maker], Any]:
+def _attached(change: Callable[[dict[str, torch.Tensor]], Any], **values: Any) -> Callable[[Maker], Any]:
     def run(maker: Maker) -> None:
-        folder = maker.adapter("a")
+        folder = maker.adapter("a", **values)
         tensors = load_file(folder / "adapter_model.safetensors")
         change(tensors)
         save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
@@ -405,6 +541,25 @@ def _attached(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Mak
 
 def _attaching(**values: Any) -> Callable[[Maker], Any]:
     return lambda maker: attach_adapter(loaded(maker.recipe("r", maker.model("m"))), maker.adapter("a", **values))
+
+
+def combining(change: Callable[[dict[str, torch.Tensor]], Any] | None = None, **values: Any) -> Callable[[Maker], Any]:
+    """Another's adapter and one's own."""
+
+    def run(maker: Maker) -> None:
+        folder, read = maker.adapter("evil", **values), load_recipe(maker.recipe("r"))
+        tensors = load_file(folder / "adapter_model.safetensors")
+        if change is not None:
+            change(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        parts = {"evil": (folder, 0.5), "own": (maker.adapter("own", layers_to_transform=[0]), 0.5)}
+        combine(meta_model(model_config(read, locate(read)), read), parts, "svd", maker.folder / "combined")
+
+    return run
+
+
+def _of(kind: torch.dtype) -> Callable[[dict[str, torch.Tensor]], Any]:
+    return lambda tensors: tensors.update({KEY.format("A"): torch.ones(4, 64).to(kind)})
 
 
 def targeting(lora: dict[str, Any]) -> Callable[[Maker], Any]:
@@ -461,6 +616,26 @@ ADAPTERS = [
     ("A4", _attaching(trainable_token_indices=[10**12]), EXIT_REFUSED, "not an adapter of this model"),
     ("A4", _attaching(layers_pattern=["((("]), EXIT_REFUSED, "not an adapter of this model"),
     ("A4", _attaching(arrow_config={"x": 1}), EXIT_REFUSED, "adapter"),
+    ("A4", adapter(lora_alpha=10**400), EXIT_REFUSED, "`'lora_alpha'` is 1000"),
+    ("A4", adapter(alpha_pattern=5), EXIT_REFUSED, "`alpha_pattern` is 5"),
+    ("A4", adapter(rank_pattern=[4]), EXIT_REFUSED, "`rank_pattern` is [4]"),
+    ("A4", adapter(rank_pattern={}, alpha_pattern=None), 0, ""),
+    ("A2", _attached(_of(torch.int8)), EXIT_REFUSED, "is of type I8, and an adapter holds floats"),
+    ("A2", _attached(_of(torch.bool)), EXIT_REFUSED, "is of type BOOL"),
+    ("A2", _attached(_of(torch.complex64)), EXIT_REFUSED, "is of type C64"),
+    ("A2", _attached(_of(torch.float8_e4m3fn)), EXIT_REFUSED, "is of type F8_E4M3"),
+    ("A2", _attached(_of(torch.bfloat16), layers_to_transform=[0]), 0, ""),
+    ("A2", _attached(_of(torch.float64), layers_to_transform=[0]), 0, ""),
+    ("A2", combining(lambda t: t.update({KEY.format("A"): torch.ones(())})), EXIT_REFUSED, "the shape [], no matrix"),
+    ("A2", combining(lambda t: t.update({KEY.format("B"): torch.ones(64, 5)})), EXIT_REFUSED, "not an adapter of"),
+    ("A4", combining(layers_to_transform=[0]), 0, ""),
+    ("A4", combining(target_modules=[]), EXIT_REFUSED, "not an adapter of this model"),
+    ("A4", combining(target_modules=""), EXIT_REFUSED, "not an adapter of this model"),
+    ("A4", combining(target_modules=[""]), EXIT_REFUSED, "not an adapter of this model"),
+    ("A4", combining(target_modules=["nope"]), EXIT_REFUSED, "not an adapter of this model"),
+    ("A4", combining(exclude_modules=".*"), EXIT_REFUSED, "not an adapter of this model"),
+    ("A4", combining(rank_pattern=[]), EXIT_REFUSED, "`rank_pattern` is []"),
+    ("A4", combining(init_lora_weights="loftq"), EXIT_REFUSED, "adapter"),
     ("A6", _attached(lambda t: t[KEY.format("A")].fill_(float("nan"))), EXIT_REFUSED, "NaN"),
     ("A6", _untrained, EXIT_REFUSED, "changes nothing"),
 ]
