@@ -28,11 +28,13 @@ def on_trainer(module: ModuleType) -> None:
 
 
 def on_optimizer(module: ModuleType) -> None:
-    """The first optimizer is made when model and data are ready; the first step ends the run."""
+    """The optimizer that steps is made when model and data are ready; one that only tries settings may come before. The first
+    step ends the run."""
     made = module.Optimizer.__init__
 
     def init(self: Any, *args: Any, **named: Any) -> None:
         made(self, *args, **named)
+        MARKS.pop("prepared", None)
         mark("prepared")
 
     def stepped(*_: Any) -> None:
