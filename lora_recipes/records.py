@@ -41,7 +41,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "manifest.json": _object(
         run=TEXT,
         recipe=_object("sha256", sha256=TEXT),
-        base=BASE,
+        base=_object(**BASE["properties"]),
         data=BY_NAME,
         tokens={"type": "object", "additionalProperties": _or_null(TEXT)},
         audit=OBJECT,

@@ -123,7 +123,7 @@ def require_same_rows(repeated: Repeated, tokens: dict[str, str], template: str 
     """
     manifest = read_json(repeated.folder.manifest)
     found = of_rows(manifest, tokens, template)
-    before = manifest["base"]["weights_sha256"]
+    before = str(manifest["base"].get("weights_sha256"))
     if before != base:
         found["base"] = f"base: its weights had sha256 {before[:12]} then, {base[:12]} now"
     _settled(repeated.folder, found, ())

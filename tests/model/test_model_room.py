@@ -12,6 +12,7 @@ from lora_recipes.errors import MachineError, RecipeError, RefusedError
 from lora_recipes.model import machine
 from lora_recipes.model.build import load_tokenizer, model_config
 from lora_recipes.model.machine import choose
+from lora_recipes.model.safe import MOST
 from lora_recipes.model.source import locate, materialise
 from lora_recipes.model.targets import find_targets
 from lora_recipes.recipe import load_recipe
@@ -46,7 +47,7 @@ def test_the_tutorials_llama_trains_8388608_parameters_which_is_an_eighth_of_a_p
         ({"target_modules": ["q_proj"], "layers_to_transform": [0, 99]}, "no targeted module in layer 99"),
         ({"layer_replication": [[0, 1], [0, 5]]}, r"\[0, 5\] is no range of this model's layers; they are \[0, 2\]"),
         ({"layer_replication": [[1, 1]]}, r"\[1, 1\] is no range"),
-        ({"layer_replication": [[0, 2]] * 5001}, "makes 10,002 layers, more than 10,000"),
+        ({"layer_replication": [[0, 2]] * (MOST // 2 + 1)}, f"makes {MOST + 2:,} layers, more than {MOST:,}"),
         ({"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 0}}, "cannot be applied"),
     ],
 )
