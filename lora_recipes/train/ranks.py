@@ -39,7 +39,7 @@ def introduce() -> None:
     """Leave word which process this rank is, for the others of this machine to look after. Only where a launcher keeps it."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         with suppress(DistError):  # without it, whoever is silent is named
-            _store().set(key(int(os.environ["RANK"]), PROCESS), f"{_numbers_of_processes()} {os.getpid()}")
+            _store().set(key(int(os.environ["RANK"]), PROCESS), f"{pid_space()} {os.getpid()}")
 
 
 def key(rank: int, what: str) -> str:
@@ -106,7 +106,7 @@ def _stands_still(store: TCPStore, rank: int) -> bool:
     """Whether a rank of this machine has ended or was halted."""
     name = key(rank, PROCESS)
     place, _, pid = store.get(name).decode().rpartition(" ") if store.check([name]) else ("", "", "")
-    if place != _numbers_of_processes():
+    if place != pid_space():
         return False
     try:
         stat = Path("/proc", pid, "stat").read_text(encoding="utf-8", errors="replace")
@@ -115,7 +115,7 @@ def _stands_still(store: TCPStore, rank: int) -> bool:
     return stat.rpartition(")")[2].split()[0] in (*ENDED, *HALTED)
 
 
-def _numbers_of_processes() -> str:
+def pid_space() -> str:
     """Where a process has the number that it has: containers of one machine, and of one host name, count for themselves."""
     with suppress(OSError):
         return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"

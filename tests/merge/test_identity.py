@@ -297,11 +297,13 @@ def test_what_is_no_part_of_the_model_is_dropped_and_named(tmp_path: Path):
     tensors = load_file(base / "model.safetensors")
     odd = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(8),
-        "model.layers.7.mlp.up_proj.weight": torch.rand(4, 4),
+        "model.layers.7.mlp.up_proj.weight": torch.rand(4, 4),  # that predicts tokens further ahead
         "vision.patch": torch.zeros(2, dtype=torch.uint8),
         "scalar": torch.tensor(3.0),
     }
     save_file(tensors | odd, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
     adapter = make_adapter(base, tmp_path / "adapter", **WHOLE)
     planned, _ = require_same(recipe_on(base), adapter, tmp_path)
     assert set(planned.layout.dropped) == set(odd)

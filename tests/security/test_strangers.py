@@ -141,6 +141,7 @@ def test_every_kind_that_is_asked_for_is_really_written(run_dir: RunDir, workdir
         written[file.name] = set().union(*rows)
     newest = max(run_dir.checkpoints.glob("checkpoint-*"))
     written["manifest.json"] |= set(read_json(newest / "manifest.json"))
+    written["trainer_state.json"] = set(read_json(newest / "trainer_state.json"))
     for name, schema in SCHEMAS.items():
         assert set(schema["properties"]) - written[name] <= ELSEWHERE, name
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -62,19 +61,21 @@ def test_of_the_silent_ranks_those_that_stand_still_are_named(store: TCPStore, m
     store.set(ranks.key(0, ranks.LOST_CONTACT), "here")
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         for rank, pid in ((1, other.pid), (3, os.getpid())):
-            store.set(ranks.key(rank, ranks.PROCESS), f"{socket.gethostname()} {pid}")
-        assert ranks.silent_ranks() == [1, 3]  # nobody stands still: who is silent
-        other.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, other.pid, os.WSTOPPED | os.WNOWAIT)
-        assert ranks.silent_ranks() == [1]
-        other.kill()
+            store.set(ranks.key(rank, ranks.PROCESS), f"{ranks.pid_space()} {pid}")
+        try:
+            assert ranks.silent_ranks() == [1, 3]  # nobody stands still: who is silent
+            other.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, other.pid, os.WSTOPPED | os.WNOWAIT)
+            assert ranks.silent_ranks() == [1]
+        finally:
+            other.kill()
         os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
         assert ranks.silent_ranks() == [1]  # has ended, and nobody has asked for its exit code
     assert ranks.silent_ranks() == [1]
     store.set(ranks.key(1, ranks.PROCESS), f"elsewhere {other.pid}")
     assert ranks.silent_ranks() == [1, 3]
     ranks.introduce()
-    assert store.get(ranks.key(2, ranks.PROCESS)).decode() == f"{socket.gethostname()} {os.getpid()}"
+    assert store.get(ranks.key(2, ranks.PROCESS)).decode() == f"{ranks.pid_space()} {os.getpid()}"
 
 
 def test_what_an_earlier_attempt_said_does_not_count(store: TCPStore, monkeypatch: pytest.MonkeyPatch):
