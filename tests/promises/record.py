@@ -11,6 +11,8 @@ _found: promises.Results = {}
 
 
 def _held_by(item: pytest.Item) -> set[str]:
+    if item.path.name == "test_promises.py":  # it is about numbers of rows, and holds none
+        return set()
     marked = {str(name) for mark in item.iter_markers("promise") for name in mark.args}
     return marked | promises.named_in(item.name)
 
