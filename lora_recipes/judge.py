@@ -144,9 +144,8 @@ def _differs(_: bool, given: dict[str, Any], base: str | None) -> str | None:
     return "is what the untrained model answers" if given["text"] == base else None
 
 
-Judge = Callable[
-    [Any, dict[str, Any], str | None], str | None
-]  # of what is wanted, what was given, and the base's answer
+# Of what is wanted, what was given, and the base's answer.
+Judge = Callable[[Any, dict[str, Any], str | None], str | None]
 _JUDGES: dict[str, Judge] = {
     "contains": _contains,
     "equals": _equals,

@@ -18,12 +18,8 @@ from lora_recipes.model.weights import header_of, read_entries, require_own_file
 
 # Ways of PEFT to begin that write into the base's weights.
 CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-FLOATS = (
-    "F16",
-    "BF16",
-    "F32",
-    "F64",
-)  # safetensors' names; a narrower type was cut from one of these, and is no training's
+# Safetensors' names; a narrower type was cut from one of these, and is no training's.
+FLOATS = ("F16", "BF16", "F32", "F64")
 MATRIX = re.compile(r"\.lora_([AB]\.weight|embedding_[AB])$")
 SHOWN_LINES = 3  # of what PEFT says
 UNMERGEABLE = {  # keys of peft.LoraConfig

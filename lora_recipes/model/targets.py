@@ -220,12 +220,8 @@ def _lines_for(experts: Iterable[str], dropped: Iterable[str] = ()) -> str:
 def _adapted(recipe: Recipe, base: torch.nn.Module, layers: list[str]) -> PeftModel:
     try:
         return adapted_on_meta(base, recipe)
-    except (
-        ValueError,
-        TypeError,
-        ArithmeticError,
-        LookupError,
-    ) as error:  # PEFT's own words for a pattern or a layer kind that cannot be adapted
+    except (ValueError, TypeError, ArithmeticError, LookupError) as error:
+        # PEFT's own words for a pattern or a layer kind that cannot be adapted.
         # It says what does not go with experts by the setting's name: lora_dropout, use_dora, lora_bias, fan_in_fan_out.
         blamed = next((key for key in recipe.section("lora") if re.search(rf"\b{key}\b", str(error))), "target_modules")
         raise RecipeError(
