@@ -208,7 +208,8 @@ def _merged(job: _Job, scratch: Path, started: float) -> dict[str, Any]:
         _write_rest(job, staging)
         require_publishable(staging)
         try:
-            report |= _proved(job, staging, streamed, observed, report.pop("learnt", None))
+            proved, sums = _proved(job, staging, streamed, observed, report.pop("learnt", None))
+            report |= proved
         finally:
             peak = max(peak_rss_bytes(), report.pop("fresh_peak_rss_bytes", 0))
             report |= {"peak_rss_bytes": peak, "seconds": round(time.monotonic() - started, 1)}
@@ -221,7 +222,7 @@ def _merged(job: _Job, scratch: Path, started: float) -> dict[str, Any]:
                 + _lost_to_rounding(report)
             )
         forget_progress(staging)
-        write_sums(staging, streamed.sha256)
+        write_sums(staging, sums)
         report["merged_sha256"] = file_sha256(staging / SUMS)
         write_json(job.run_dir.parity, report)
     return report
@@ -290,7 +291,8 @@ def _write_rest(job: _Job, staging: Path) -> None:
 
 def _proved(
     job: _Job, staging: Path, streamed: Streamed, observed: dict[str, tuple[Path, list[str]]], learnt: float | None
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """(what goes into the report, sha256 of each weight file as it was read back)"""
     proof = Proof(
         staging,
         job.recipe,
@@ -298,7 +300,7 @@ def _proved(
         job.asked,
         parity.template_samples(job.data),
         job.ends,
-        streamed.sha256,
+        streamed.checksums,
         observed,
         job.behaviour,
     )
@@ -306,14 +308,14 @@ def _proved(
     report = {"template_rows": found["template_rows"], "fresh_peak_rss_bytes": found["peak_rss_bytes"]}
     if not job.behaviour:
         unmeasured = dict.fromkeys(("max_abs_logit_difference", "mean_kl", "greedy_agreement"))
-        return report | unmeasured | {"proof": "weights", "passed": True}
+        return report | unmeasured | {"proof": "weights", "passed": True}, found["sha256"]
     difference, allowed = found["behaviour"]["adapter"], TOLERANCES[job.dtype]
     assert learnt is not None
     report |= difference | {"mean_kl_of_the_adapter": learnt, "tolerance": vars(allowed), "proof": "behaviour"}
     report["answers_in_common"] = min(allowed.greedy_agreement, TOLERANCES[_computes_in(job)].greedy_agreement)
     if trained := found["behaviour"].get("trained"):
         report["against_trained"] = trained
-    return report | {"passed": parity.within(difference, learnt, allowed)}
+    return report | {"passed": parity.within(difference, learnt, allowed)}, found["sha256"]
 
 
 def _computes_in(job: _Job) -> torch.dtype:

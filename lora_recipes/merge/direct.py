@@ -1,4 +1,4 @@
-"""Files past the page cache, where the system allows it: one that is written once, and one that is read back."""
+"""Files past the page cache, where the system allows it: one that is written once, and one that is read back and proved."""
 
 import errno
 import fcntl
@@ -10,15 +10,23 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+import xxhash
+
+from lora_recipes.errors import RefusedError
+
 SIZE = 8 * 2**20  # bytes written at a time
 ALIGNED = 4096  # bytes; what O_DIRECT wants of addresses, lengths and offsets
 
 
 class Sink:
-    """Takes bytes in order. While one buffer is on its way to the disk the next is filled and hashed.
+    """Takes bytes in order. While one buffer is on its way to the disk the next is filled and its checksum taken.
 
     Past the page cache nothing is copied twice, and nothing is left for fsync to wait for: a model of 13 GB is written at
     the speed of the disk. Where a file system knows no such writes (tmpfs), the same bytes go the usual way.
+
+    The checksum (XXH3, 128 bits) is for `read_back`, which takes the sha256 too: that of bytes in memory would say nothing
+    of the disk, and costs as much as all that is computed on them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,7 +34,7 @@ class Sink:
         self.buffers = [mmap.mmap(-1, SIZE), mmap.mmap(-1, SIZE)]  # begin at a page
         self.filled = 0
         self.total = 0
-        self.hasher = hashlib.sha256()
+        self.hasher = xxhash.xxh3_128()
         self.disk = ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None
 
@@ -38,7 +46,7 @@ class Sink:
         self.total += len(data)
         while len(data):
             room = data[: SIZE - self.filled]
-            self.buffers[0][self.filled : self.filled + len(room)] = room
+            np.copyto(np.frombuffer(self.buffers[0], np.uint8, len(room), self.filled), room)  # lets other threads run
             self.filled += len(room)
             data = data[len(room) :]
             if self.filled == SIZE:
@@ -63,7 +71,7 @@ class Sink:
                     raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     @property
-    def sha256(self) -> str:
+    def checksum(self) -> str:
         """Of all bytes that were put."""
         return self.hasher.hexdigest()
 
@@ -81,10 +89,20 @@ class Sink:
             os.close(self.descriptor)
 
 
-def sha256_from_disk(path: Path) -> str:
-    """Of a file as the disk has it, in hex. A model that nobody reads next takes no memory for pages of it."""
-    hasher, buffers = hashlib.sha256(), [mmap.mmap(-1, SIZE), mmap.mmap(-1, SIZE)]
-    descriptor = _open(path, os.O_RDONLY)
+def read_back(path: Path, checksum: str, *, cached: bool) -> str:
+    """The sha256 of a file, which is held against the checksum of what was written.
+
+    Args:
+        cached: whether the pages are kept in memory, for who reads the file next; False: they come from the disk.
+
+    Raises:
+        RefusedError: it is gone, or it is not, bit for bit, what was written.
+    """
+    if not path.is_file():
+        raise RefusedError(f"{path}: is gone")
+    hasher, checking = hashlib.sha256(), xxhash.xxh3_128()
+    buffers = [mmap.mmap(-1, SIZE), mmap.mmap(-1, SIZE)]
+    descriptor = os.open(path, os.O_RDONLY) if cached else _open(path, os.O_RDONLY)
     try:
         with ThreadPoolExecutor(1) as disk:
             pending = disk.submit(_read, descriptor, buffers[0])
@@ -93,8 +111,11 @@ def sha256_from_disk(path: Path) -> str:
                 buffers.reverse()
                 pending = disk.submit(_read, descriptor, buffers[0])
                 hasher.update(memoryview(full)[:read])
+                checking.update(memoryview(full)[:read])
     finally:
         os.close(descriptor)
+    if checking.hexdigest() != checksum:
+        raise RefusedError(f"{path}: its content is not what was written; the disk or somebody changed it")
     return hasher.hexdigest()
 
 

@@ -18,15 +18,13 @@ from lora_recipes.data.load import LoadedData
 from lora_recipes.data.questions import questions
 from lora_recipes.data.rerender import Sample, differing, samples
 from lora_recipes.errors import MachineError, RefusedError
-from lora_recipes.merge.direct import sha256_from_disk
+from lora_recipes.merge.direct import read_back
 from lora_recipes.model.answer import answer
 from lora_recipes.model.build import load_merged
 from lora_recipes.model.compare import Row, differences, prompt_row, record, trained_row
-from lora_recipes.model.folder import require_sums
 from lora_recipes.model.machine import Choices, peak_rss_bytes
 from lora_recipes.model.quantizer import begin_without
 from lora_recipes.recipe import Recipe
-from lora_recipes.run_dir import file_sha256
 
 PROMPTS = 16
 ROWS = 16  # held-out rows, else training rows
@@ -114,7 +112,7 @@ class Proof:
     asked: Asked
     samples: list[Sample]
     ends: list[int]
-    sha256: dict[str, str]
+    checksums: dict[str, str]
     observed: dict[str, tuple[Path, list[str]]]
     behaviour: bool
 
@@ -134,7 +132,7 @@ def prove(proof: Proof) -> dict[str, Any]:
     """Reload a merged folder, in a fresh process where its behaviour is looked at.
 
     Returns:
-        {"behaviour": {name: differences from it}, "template_rows", "peak_rss_bytes"}
+        {"sha256": {file: its sum}, "behaviour": {name: differences from it}, "template_rows", "peak_rss_bytes"}
 
     Raises:
         RefusedError: a file is not what was written, the template is another, or the end tokens are lost.
@@ -171,13 +169,15 @@ def in_fresh_process(work: Callable[[Any], Any], argument: Any, recipe: Recipe, 
 
 
 def _reloaded(proof: Proof) -> dict[str, Any]:
-    # Weights that are loaded next are read into the page cache on the way.
-    require_sums(proof.folder, proof.sha256, digest=file_sha256 if proof.behaviour else sha256_from_disk)
+    sums = {
+        name: read_back(proof.folder / name, checksum, cached=proof.behaviour)  # weights that are loaded next stay
+        for name, checksum in proof.checksums.items()
+    }
     code = {"trust_remote_code": True} if proof.recipe.get("model.trust_remote_code") else {}
     tokenizer = AutoTokenizer.from_pretrained(proof.folder, **code)
     _require_template(proof, tokenizer)
     _require_ends(proof, tokenizer)
-    found: dict[str, Any] = {"template_rows": len(proof.samples), "behaviour": {}}
+    found: dict[str, Any] = {"sha256": sums, "template_rows": len(proof.samples), "behaviour": {}}
     if proof.behaviour:
         model = load_merged(proof.folder, proof.recipe, proof.choices)
         for name, (folder, answers) in proof.observed.items():

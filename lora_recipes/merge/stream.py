@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ from lora_recipes import console
 from lora_recipes.errors import RefusedError
 from lora_recipes.merge.arithmetic import by_rows, convert_and_merge, merge_rows, require_finite, rounded_away
 from lora_recipes.merge.checkpoint import INDEX, Files, header_bytes
-from lora_recipes.merge.direct import Sink
+from lora_recipes.merge.direct import Sink, read_back
 from lora_recipes.merge.layout import Layer, Layout, Unit
 from lora_recipes.merge.requantize import Requantizer
-from lora_recipes.run_dir import file_sha256, read_json, write_json
+from lora_recipes.run_dir import read_json, write_json
 
-BLOCK = 2**21  # elements that are read, merged and written at a time
+BLOCK = 2**19  # elements that are read, merged and written at a time
 ROWS = 128  # a block is a multiple of so many rows: matrix kernels then treat it as they treat the whole
-AHEAD = 3  # blocks that are read ahead
+AHEAD = 12  # blocks that are read ahead
 SLOTS = 2 * AHEAD  # as many may wait to be written
 SAMPLE = 64  # rows of each adapted matrix on which the rounding of the change is measured
 DONE = ".done.json"  # shards that are whole
@@ -27,9 +28,9 @@ DONE = ".done.json"  # shards that are whole
 
 @dataclass
 class Streamed:
-    """What was written: sha256 of each file, files kept from an earlier try, and the change that rounding took."""
+    """What was written: checksum of each file, files kept from an earlier try, and the change that rounding took."""
 
-    sha256: dict[str, str] = field(default_factory=dict)
+    checksums: dict[str, str] = field(default_factory=dict)
     kept: int = 0
     lost: float = 0.0
     changed: float = 0.0
@@ -97,11 +98,11 @@ class Merger:
             if title in finished:
                 continue
             self.result.lost = self.result.changed = 0.0
-            digest = self._shard(folder, title)
-            finished[title] = {"sha256": digest, "lost": self.result.lost, "changed": self.result.changed}
+            checksum = self._shard(folder, title)
+            finished[title] = {"checksum": checksum, "lost": self.result.lost, "changed": self.result.changed}
             write_json(folder / DONE, {"plan": plan, "shards": finished})
         records = [finished[title] for title in self.layout.shards]  # added up in one order, whatever was kept
-        self.result.sha256 = {title: finished[title]["sha256"] for title in self.layout.shards}
+        self.result.checksums = {title: finished[title]["checksum"] for title in self.layout.shards}
         self.result.lost = sum(record["lost"] for record in records)
         self.result.changed = sum(record["changed"] for record in records)
         if len(self.layout.shards) > 1:
@@ -116,7 +117,7 @@ class Merger:
         write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
     def _shard(self, folder: Path, title: str) -> str:
-        """Write one shard under another name, and give it its own when it is on disk. Returns its sha256."""
+        """Write one shard under another name, and give it its own when it is on disk. Returns its checksum."""
         shard = self.layout.shards[title]
         growing = folder / f".{title}.part"
         outputs = [unit.outputs[number] for unit, number in shard]
@@ -130,7 +131,7 @@ class Merger:
             raise RefusedError(f"{growing}: {size} bytes were written, not what its header says")
         growing.replace(folder / title)
         console.say(f"{title}: {len(outputs)} tensors, {size / 2**20:,.0f} MiB")
-        return sink.sha256
+        return sink.checksum
 
     def _blocks(self, unit: Unit, number: int) -> Iterator[Block]:
         shape = unit.outputs[number].shape
@@ -238,12 +239,12 @@ def _finished(folder: Path, plan: str) -> dict[str, Any]:
         return {}
     if done.get("plan") != plan:
         return {}
-    records: dict[str, Any] = done["shards"]
-    return {
-        title: record
-        for title, record in records.items()
-        if (folder / title).is_file() and file_sha256(folder / title) == record["sha256"]
-    }
+    whole = {}
+    for title, record in done["shards"].items():
+        with suppress(RefusedError):  # one that is not whole is written again
+            read_back(folder / title, record.get("checksum", ""), cached=False)
+            whole[title] = record
+    return whole
 
 
 def _remove_others(folder: Path, kept: dict[str, Any]) -> None:

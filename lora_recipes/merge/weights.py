@@ -17,7 +17,7 @@ from lora_recipes.merge.requantize import Requantizer
 from lora_recipes.merge.stream import Merger, Streamed, forget_progress
 from lora_recipes.model.adapted import adapter_on_meta
 from lora_recipes.model.build import meta_model, model_config
-from lora_recipes.model.machine import Choices
+from lora_recipes.model.machine import Choices, freed_memory_kept
 from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import file_sha256, require_room
@@ -119,7 +119,7 @@ def write_weights(planned: Planned, folder: Path, *, keep_progress: bool = False
     # One core is left to the threads that read, hash and write: on two cores a merge with both is half as fast.
     torch.set_num_threads(max(1, threads - 1))
     try:
-        with torch.no_grad(), Files() as files:
+        with torch.no_grad(), freed_memory_kept(), Files() as files:
             written = Merger(planned.layout, files, planned.requantizer).write(folder, planned.identity)
     finally:
         torch.set_num_threads(threads)

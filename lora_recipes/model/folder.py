@@ -1,7 +1,6 @@
 """What a published model folder may hold, and the list of checksums it is held against afterwards."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from lora_recipes.errors import BrokenFile, RefusedError
@@ -95,7 +94,6 @@ def require_sums(
     *,
     gone: str = "",
     changed: str = "its content is not what was written; the disk or somebody changed it",
-    digest: Callable[[Path], str] = file_sha256,
 ) -> None:
     """Raises RefusedError when a file in `folder` is not, bit for bit, the one whose sha256 is given.
 
@@ -103,10 +101,9 @@ def require_sums(
         sums: file name → sha256.
         gone: what is said after a file that is not there.
         changed: what is said of a file with another content.
-        digest: how a file's sha256 is taken.
     """
     for name, expected in sums.items():
         if not (folder / name).is_file():
             raise RefusedError(f"{folder / name}: is gone{gone}")
-        if digest(folder / name) != expected:
+        if file_sha256(folder / name) != expected:
             raise RefusedError(f"{folder / name}: {changed}")

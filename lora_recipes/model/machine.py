@@ -4,7 +4,8 @@ import ctypes
 import os
 import resource
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lora_recipes.recipe import Recipe
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 MMAP_THRESHOLD, TRIM_THRESHOLD = 1 << 20, 64 << 20  # bytes
+KEPT = 1 << 30  # bytes; more than any block that comes and goes
 # (limit, in use, statistics, their key for idle file cache) of a container's memory, version 2 and version 1.
 CONTROL_GROUPS = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
@@ -201,12 +203,33 @@ def _give_memory_back() -> None:
     """Let the C library map large tensors one by one, so that a freed one is gone.
 
     By itself glibc raises the size from which it maps to 32 MiB as it sees such blocks freed, and keeps smaller ones in a
-    heap full of holes: 1.4 x the live tensors where this leaves 1.07 x (docs/plan.md). Other C libraries are left alone.
+    heap full of holes: 1.4 x the live tensors where this leaves 1.07 x (docs/plan.md).
     """
+    _mallopt(MMAP_THRESHOLD, TRIM_THRESHOLD)
+
+
+def _mallopt(mmap_threshold: int, trim_threshold: int) -> None:
+    """glibc's; other C libraries are left alone."""
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
-        mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
+        mallopt(M_MMAP_THRESHOLD, mmap_threshold)
+        mallopt(M_TRIM_THRESHOLD, trim_threshold)
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Meanwhile the C library keeps what is freed and gives it out again.
+
+    For work on blocks of one size that come and go: a block that is mapped anew costs a fault for each of its pages, three
+    times what is computed on it.
+    """
+    _mallopt(KEPT, KEPT)
+    try:
+        yield
+    finally:
+        _give_memory_back()
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _use_all_cores() -> int:

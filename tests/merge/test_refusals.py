@@ -1,5 +1,6 @@
 """What cannot be merged, or could be merged wrongly, is refused before a byte is written, with a reason."""
 
+import hashlib
 import json
 import os
 import signal
@@ -16,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from lora_recipes.errors import EXIT_REFUSED, EXIT_USER, LoraRecipesError, MachineError, RefusedError
 from lora_recipes.merge import layout
 from lora_recipes.merge.checkpoint import DTYPES, INDEX, Files, checkpoint_of, read_checkpoint, read_header
+from lora_recipes.merge.direct import read_back
 from lora_recipes.merge.parity import in_fresh_process
 from lora_recipes.merge.weights import write_weights
-from lora_recipes.model.folder import require_sums
 from lora_recipes.model.identity import base_of
 from lora_recipes.model.source import Source
 from tests.conftest import NF4
@@ -261,18 +262,20 @@ def test_a_file_that_shrinks_while_it_is_read(base: Path, adapter: Path, tmp_pat
         write_weights(planned, tmp_path / "merged")
 
 
-def test_a_merged_file_that_was_changed_or_is_gone(base: Path, adapter: Path, tmp_path: Path):
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_merged_file_that_was_changed_or_is_gone(cached: bool, base: Path, adapter: Path, tmp_path: Path):
     _, result = streamed(recipe_on(base), adapter, tmp_path / "merged")
-    require_sums(tmp_path / "merged", result.sha256)
     file = first_shard(tmp_path / "merged")
+    checksum = result.checksums[file.name]
+    assert read_back(file, checksum, cached=cached) == hashlib.sha256(file.read_bytes()).hexdigest()
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(RefusedError, match=f"{file}.*not what was written"):
-        require_sums(tmp_path / "merged", result.sha256)
+        read_back(file, checksum, cached=cached)
     file.unlink()
     with pytest.raises(RefusedError, match="is gone"):
-        require_sums(tmp_path / "merged", result.sha256)
+        read_back(file, checksum, cached=cached)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

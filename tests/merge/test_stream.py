@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_recipes.errors import EXIT_MACHINE, MachineError, machine_fault
 from lora_recipes.merge import direct, stream, weights
 from lora_recipes.merge.checkpoint import INDEX
-from lora_recipes.merge.direct import Sink, sha256_from_disk
+from lora_recipes.merge.direct import Sink, read_back
 from lora_recipes.merge.stream import DONE, Merger
 from lora_recipes.merge.weights import write_weights
 from tests.conftest import ROOT
@@ -49,11 +50,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def undisturbed(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return streamed(recipe_on(made[0]), made[1], tmp_path_factory.mktemp("undisturbed"))[1].sha256
+    return streamed(recipe_on(made[0]), made[1], tmp_path_factory.mktemp("undisturbed"))[1].checksums
 
 
-def sha256_of(folder: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.glob("*.safetensors")}
+def checksums_of(folder: Path) -> dict[str, str]:
+    return {file.name: xxhash.xxh3_128(file.read_bytes()).hexdigest() for file in folder.glob("*.safetensors")}
 
 
 def stop_in(monkeypatch: pytest.MonkeyPatch, title: str) -> None:
@@ -96,7 +97,7 @@ def test_a_merge_that_was_stopped_goes_on_where_it_was(
     finished = stopped_in(number, made, tmp_path / "merged")
     times = {name: (tmp_path / "merged" / name).stat().st_mtime_ns for name in finished}
     _, result = streamed(recipe_on(made[0]), made[1], tmp_path / "merged")
-    assert result.kept == len(finished) and result.sha256 == undisturbed == sha256_of(tmp_path / "merged")
+    assert result.kept == len(finished) and result.checksums == undisturbed == checksums_of(tmp_path / "merged")
     assert times == {name: (tmp_path / "merged" / name).stat().st_mtime_ns for name in finished}
     assert {file.name for file in (tmp_path / "merged").iterdir()} == undisturbed.keys() | {INDEX}
 
@@ -118,7 +119,7 @@ def test_a_finished_shard_that_was_damaged_is_written_again(
     file.write_bytes(content)
     (tmp_path / "merged" / finished[2]).unlink()
     _, result = streamed(recipe_on(made[0]), made[1], tmp_path / "merged")
-    assert result.kept == len(finished) - 2 and sha256_of(tmp_path / "merged") == undisturbed
+    assert result.kept == len(finished) - 2 and checksums_of(tmp_path / "merged") == undisturbed
 
 
 def test_a_record_of_progress_that_cannot_be_read_is_no_progress(
@@ -127,7 +128,7 @@ def test_a_record_of_progress_that_cannot_be_read_is_no_progress(
     stopped_in(4, made, tmp_path / "merged")
     (tmp_path / "merged" / DONE).write_text('{"plan": ')
     _, result = streamed(recipe_on(made[0]), made[1], tmp_path / "merged")
-    assert result.kept == 0 and sha256_of(tmp_path / "merged") == undisturbed
+    assert result.kept == 0 and checksums_of(tmp_path / "merged") == undisturbed
 
 
 CHANGES: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
@@ -154,7 +155,7 @@ def test_nothing_is_kept_of_a_merge_of_something_else(change: str, made: tuple[P
     _, result = streamed(recipe, adapter, tmp_path / "merged")
     assert result.kept == 0
     streamed(recipe, adapter, tmp_path / "alone")
-    assert sha256_of(tmp_path / "merged") == sha256_of(tmp_path / "alone")
+    assert checksums_of(tmp_path / "merged") == checksums_of(tmp_path / "alone")
     # Nothing of the first is left either: transformers would load it, and `publish` would publish it.
     assert names_in(tmp_path / "merged") == names_in(tmp_path / "alone")
 
@@ -184,9 +185,9 @@ def test_progress_is_kept_for_as_long_as_the_caller_wants(made: tuple[Path, Path
     planned = plan(recipe_on(made[0]), made[1])
     first = write_weights(planned, tmp_path, keep_progress=True)
     again = write_weights(planned, tmp_path, keep_progress=True)
-    assert (first.kept, again.kept) == (0, len(first.sha256)) and first.sha256 == again.sha256
+    assert (first.kept, again.kept) == (0, len(first.checksums)) and first.checksums == again.checksums
     weights.forget_progress(tmp_path)
-    assert names_in(tmp_path) == sorted([*first.sha256, INDEX])
+    assert names_in(tmp_path) == sorted([*first.checksums, INDEX])
 
 
 def test_experts_that_a_kept_shard_holds_are_not_kept_in_memory(tmp_path: Path):
@@ -253,7 +254,7 @@ def test_a_killed_process_leaves_what_the_next_one_goes_on_with(
     assert list((tmp_path / "merged").glob(".*.part"))
     finished = len(list((tmp_path / "merged").glob("*.safetensors")))
     _, result = streamed(recipe_on(made[0]), made[1], tmp_path / "merged")
-    assert result.kept == finished > 0 and sha256_of(tmp_path / "merged") == undisturbed
+    assert result.kept == finished > 0 and checksums_of(tmp_path / "merged") == undisturbed
     assert names_in(tmp_path / "merged") == sorted([*undisturbed, INDEX])
 
 
@@ -319,7 +320,7 @@ def test_a_disk_that_fills_up_while_writing(
     fault = machine_fault(caught.value)
     assert fault is not None and "model-00004" in str(fault)  # which file it was
     assert torch.get_num_threads() == threads
-    assert write_weights(planned, tmp_path).sha256 == undisturbed  # room was made
+    assert write_weights(planned, tmp_path).checksums == undisturbed  # room was made
 
 
 def test_a_disk_that_cannot_be_read(made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -369,7 +370,8 @@ def test_a_sink_holds_every_byte_and_no_more_and_they_are_read_back(
             for first in range(0, length, 3 * MIB):  # in pieces that are cut elsewhere than the sink's buffers
                 taking.put(memoryview(data)[first : first + 3 * MIB])
         assert path.read_bytes() == data
-        assert taking.sha256 == sha256_from_disk(path) == hashlib.sha256(data).hexdigest()
+        for cached in (False, True):
+            assert read_back(path, taking.checksum, cached=cached) == hashlib.sha256(data).hexdigest()
     finally:
         path.unlink(missing_ok=True)
 
