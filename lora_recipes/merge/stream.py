@@ -1,10 +1,13 @@
-"""Writes a merged model shard by shard: one thread reads, one merges, one writes; what was finished survives a kill."""
+"""Writes a merged model shard by shard: blocks are read and merged side by side; what was finished survives a kill."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock, local
 from typing import Any
 
 import torch
@@ -18,10 +21,10 @@ from lora_recipes.merge.layout import Layer, Layout, Unit
 from lora_recipes.merge.requantize import Requantizer
 from lora_recipes.run_dir import read_json, write_json
 
-BLOCK = 2**19  # elements that are read, merged and written at a time
-ROWS = 128  # a block is a multiple of so many rows: matrix kernels then treat it as they treat the whole
-AHEAD = 12  # blocks that are read ahead
-SLOTS = 2 * AHEAD  # as many may wait to be written
+BLOCK = 2**19  # elements that are read and merged at a time
+ROWS = 64  # a block is a multiple of so many rows: matrix kernels then treat it as they treat the whole
+AHEAD = 24  # blocks that are merged before the first of them is written
+AHEAD_BYTES = 2**28  # of them, where weights have to be read whole
 SAMPLE = 64  # rows of each adapted matrix on which the rounding of the change is measured
 DONE = ".done.json"  # shards that are whole
 
@@ -50,21 +53,19 @@ class Block:
     first: int
     rows: int
 
+    @property
+    def bytes(self) -> int:
+        output = self.unit.outputs[self.output]
+        return output.bytes * self.rows // output.shape[0] if output.shape and output.shape[0] else output.bytes
 
-class Slot:
-    """Memory for one block on its way, and what happens to it."""
 
-    def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8)
-        self.read: Future[torch.Tensor] | None = None
-        self.written: Future[None] | None = None
+@dataclass
+class Merged:
+    """A block as it is written, and what rounding took of the change that was sampled in it (`rounded_away`)."""
 
-    def flat(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """A 1-D tensor in the slot's memory, which grows when it must."""
-        size = numel * dtype.itemsize
-        if len(self.memory) < size:
-            self.memory = torch.empty(size, dtype=torch.uint8)
-        return self.memory[:size].view(dtype)
+    tensor: torch.Tensor
+    lost: float = 0.0
+    changed: float = 0.0
 
 
 class Merger:
@@ -72,13 +73,16 @@ class Merger:
 
     Args:
         requantizer: quantizes and opens the weights that were trained on in 4 or 8 bits; None: merge into the originals.
+        workers: threads that read and merge.
     """
 
-    def __init__(self, layout: Layout, files: Files, requantizer: Requantizer | None) -> None:
-        self.layout, self.files, self.requantizer = layout, files, requantizer
+    def __init__(self, layout: Layout, files: Files, requantizer: Requantizer | None, workers: int = 1) -> None:
+        self.layout, self.files, self.requantizer, self.workers = layout, files, requantizer, workers
         self.result = Streamed()
         self.converted: dict[str, torch.Tensor] = {}  # computed, and not written yet
+        self.converting = Lock()
         self.written: set[str] = set()  # in shards that were kept
+        self.thread = local()  # .layers: a worker's copies of PEFT's
 
     def write(self, folder: Path, plan: str) -> Streamed:
         """Write every shard and the index into `folder`; shards that are there already and whole are kept.
@@ -147,83 +151,94 @@ class Merger:
         for first in range(0, rows, step):
             yield Block(unit, number, first, min(step, rows - first))
 
-    def _pump(self, blocks: list[Block], put: Any) -> None:
-        """Every block is read, merged, and given to `put`, in order; the three happen at the same time."""
-        slots = [Slot() for _ in range(SLOTS)]
-        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-
-            def begin(number: int) -> None:
-                slot = slots[number % SLOTS]
-                if slot.written is not None:
-                    slot.written.result()
-                slot.read = reader.submit(self._read, blocks[number], slot)
-
+    def _pump(self, blocks: list[Block], put: Callable[[torch.Tensor], None]) -> None:
+        """Every block is read and merged, and given to `put` in order; the next ones are merged meanwhile."""
+        waiting: deque[tuple[Block, Future[Merged]]] = deque()
+        ahead = 0  # bytes
+        with ThreadPoolExecutor(self.workers) as pool:
             try:
-                for number in range(min(AHEAD, len(blocks))):
-                    begin(number)
-                for number, block in enumerate(blocks):
-                    if number + AHEAD < len(blocks):
-                        begin(number + AHEAD)
-                    slot = slots[number % SLOTS]
-                    assert slot.read is not None
-                    slot.written = writer.submit(put, self._merged(block, slot.read.result()))
-                for slot in slots:
-                    if slot.written is not None:
-                        slot.written.result()
+                for block in blocks:
+                    while waiting and (len(waiting) == AHEAD or ahead + block.bytes > AHEAD_BYTES):
+                        ahead -= self._settle(*waiting.popleft(), put)
+                    waiting.append((block, pool.submit(self._merged, block)))
+                    ahead += block.bytes
+                while waiting:
+                    self._settle(*waiting.popleft(), put)
             except BaseException:
-                reader.shutdown(wait=False, cancel_futures=True)
-                writer.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _read(self, block: Block, slot: Slot) -> torch.Tensor:
+    def _settle(self, block: Block, merging: Future[Merged], put: Callable[[torch.Tensor], None]) -> int:
+        """Write a block and add up what rounding took, in one order whoever was first. Returns its bytes."""
+        merged = merging.result()
+        put(merged.tensor)
+        self.result.lost += merged.lost
+        self.result.changed += merged.changed
+        return block.bytes
+
+    @torch.no_grad()
+    def _merged(self, block: Block) -> Merged:
+        """Read a block and merge it; in a worker's thread."""
+        unit, output = block.unit, block.unit.outputs[block.output]
+        if unit.converter is not None:
+            merged = Merged(self._converted(unit, output.name))
+        else:
+            tensor = self._read(block).to(unit.loaded)
+            if self.requantizer:
+                tensor = self.requantizer.opened(unit.parameters[0], tensor)
+            merged = Merged(tensor.to(output.dtype))
+            for layer in self._own(unit.layers):
+                self._change(layer, unit, merged, block.first)
+        if unit.layers:
+            require_finite(merged.tensor, output.name)
+        return merged
+
+    def _own(self, layers: tuple[Layer, ...]) -> list[Layer]:
+        """PEFT's layers are lent the weights they change: each thread has its own, with the adapter's tensors in common."""
+        mine: dict[int, Layer] = self.thread.__dict__.setdefault("layers", {})
+        for layer in layers:
+            if id(layer) not in mine:
+                common = [*layer.parameters(), *layer.buffers()]
+                mine[id(layer)] = deepcopy(layer, {id(tensor): tensor for tensor in common})
+        return [mine[id(layer)] for layer in layers]
+
+    def _read(self, block: Block) -> torch.Tensor:
         unit = block.unit
         if unit.whole is not None:
             rows = unit.whole.detach()[block.first : block.first + block.rows]
             return rows.clone() if unit.layers else rows  # merging may change them in place
-        if unit.converter is not None:
-            return slot.memory  # read where it is converted: there are many tensors, and one block of them
         stored = unit.stored[0]
         width = stored.numel // stored.shape[0] if stored.shape and stored.shape[0] else 1
-        flat = slot.flat(block.rows * width, stored.dtype)
+        flat = torch.empty(block.rows * width, dtype=stored.dtype)
         self.files.read_into(stored, block.first * width, flat)
         return flat.view(block.rows, *stored.shape[1:]) if stored.shape else flat.view(())
 
-    def _merged(self, block: Block, tensor: torch.Tensor) -> torch.Tensor:
-        unit, output = block.unit, block.unit.outputs[block.output]
-        if unit.converter is not None:
-            if output.name not in self.converted:  # the first of its unit: the others are still to come
-                found = convert_and_merge(unit, self.layout.model, self.files, self.requantizer)
+    def _converted(self, unit: Unit, name: str) -> torch.Tensor:
+        """One of the tensors that are written of a unit; whoever asks for the first computes them all. Units: one at a time."""
+        with self.converting:
+            if name not in self.converted:
+                own = replace(unit, layers=tuple(self._own(unit.layers)))
+                found = convert_and_merge(own, self.layout.model, self.files, self.requantizer)
                 self.converted |= {name: value for name, value in found.items() if name not in self.written}
-            tensor = self.converted.pop(output.name)
-        else:
-            tensor = tensor.to(unit.loaded)
-            if self.requantizer:
-                tensor = self.requantizer.opened(unit.parameters[0], tensor)
-            tensor = tensor.to(output.dtype)
-            for layer in unit.layers:
-                tensor = self._change(layer, unit, tensor, block.first)
-        if unit.layers:
-            require_finite(tensor, output.name)
-        return tensor
+            return self.converted.pop(name)
 
-    def _change(self, layer: Layer, unit: Unit, tensor: torch.Tensor, first: int) -> torch.Tensor:
+    def _change(self, layer: Layer, unit: Unit, merged: Merged, first: int) -> None:
+        tensor = merged.tensor
         sampled = first == 0 and tensor.dim() == 2
         before = tensor[:SAMPLE].clone() if sampled else tensor
         parameter = self.layout.model.get_parameter_or_buffer(unit.parameters[0])
         step = _rows_of(max(1, tensor[0].numel())) if by_rows(layer) else len(tensor)
         if step >= len(tensor):
-            changed = merge_rows(layer, parameter, tensor, first)
+            merged.tensor = merge_rows(layer, parameter, tensor, first)
         else:  # a weight that had to be read whole: merged in runs of rows, for the memory
-            changed = tensor
             for start in range(0, len(tensor), step):
                 part = merge_rows(layer, parameter, tensor[start : start + step], first + start)
                 if part.data_ptr() != tensor[start].data_ptr():
                     tensor[start : start + step] = part
         if sampled:
-            lost, wanted = rounded_away(layer, before, changed[:SAMPLE])
-            self.result.lost += lost
-            self.result.changed += wanted
-        return changed
+            lost, wanted = rounded_away(layer, before, merged.tensor[:SAMPLE])
+            merged.lost += lost
+            merged.changed += wanted
 
 
 def _rows_of(width: int) -> int:

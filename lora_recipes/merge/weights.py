@@ -22,6 +22,7 @@ from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import file_sha256, require_room
 
+WORKERS = 4  # threads that read and merge, where there are as many cores: no disk takes more than they merge
 SPARE = 64 * 2**20  # bytes on the disk beside the weights: tokenizer, configs, evidence
 
 
@@ -116,11 +117,11 @@ def write_weights(planned: Planned, folder: Path, *, keep_progress: bool = False
         reused=sum(file.stat().st_size for file in there),
     )
     threads = torch.get_num_threads()
-    # One core is left to the threads that read, hash and write: on two cores a merge with both is half as fast.
-    torch.set_num_threads(max(1, threads - 1))
+    workers = min(threads, WORKERS)
+    torch.set_num_threads(threads // workers)  # in each of them
     try:
-        with torch.no_grad(), freed_memory_kept(), Files() as files:
-            written = Merger(planned.layout, files, planned.requantizer).write(folder, planned.identity)
+        with freed_memory_kept(), Files() as files:
+            written = Merger(planned.layout, files, planned.requantizer, workers).write(folder, planned.identity)
     finally:
         torch.set_num_threads(threads)
     if not keep_progress:
