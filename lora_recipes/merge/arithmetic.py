@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from math import isfinite
 from typing import Any
 
 import torch
@@ -169,7 +170,7 @@ def require_finite(tensor: torch.Tensor, name: str) -> None:
     """Raises RefusedError for NaN or infinity: both show in the extremes."""
     if tensor.is_floating_point() and tensor.numel():
         low, high = torch.aminmax(tensor)
-        if not (torch.isfinite(low) and torch.isfinite(high)):
+        if not (isfinite(low.item()) and isfinite(high.item())):
             raise RefusedError(f"{name}: NaN or infinity after merging; nothing is published")
 
 

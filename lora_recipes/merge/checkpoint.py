@@ -172,6 +172,14 @@ class Files:
                 raise RefusedError(f"{stored.file}: {stored.name} was cut off while it was read")
             read += count
 
+    def announce(self, stored: Stored, first: int, count: int) -> None:
+        """Let the system begin to read what will be asked for soon: `count` values from number `first` on."""
+        size = stored.dtype.itemsize
+        with suppress(AttributeError, OSError):  # a hint, which not every system takes
+            os.posix_fadvise(
+                self._descriptor(stored.file), stored.start + first * size, count * size, os.POSIX_FADV_WILLNEED
+            )
+
     def _descriptor(self, file: Path) -> int:
         with self.opening:
             if file not in self.descriptors:

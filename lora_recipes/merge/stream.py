@@ -15,17 +15,17 @@ import torch
 from lora_recipes import console
 from lora_recipes.errors import RefusedError
 from lora_recipes.merge.arithmetic import by_rows, convert_and_merge, merge_rows, require_finite, rounded_away
-from lora_recipes.merge.checkpoint import INDEX, Files, header_bytes
-from lora_recipes.merge.direct import Sink, read_back
+from lora_recipes.merge.checkpoint import INDEX, Files, Stored, header_bytes
+from lora_recipes.merge.direct import Sink, congruent, read_back
 from lora_recipes.merge.layout import Layer, Layout, Unit
 from lora_recipes.merge.requantize import Requantizer
 from lora_recipes.run_dir import read_json, write_json
 
 BLOCK = 2**19  # elements that are read and merged at a time
 ROWS = 64  # a block is a multiple of so many rows: matrix kernels then treat it as they treat the whole
-AHEAD = 24  # blocks that are merged before the first of them is written
+AHEAD = 12  # blocks that are merged before the first of them is written
 AHEAD_BYTES = 2**28  # of them, where weights have to be read whole
-SAMPLE = 64  # rows of each adapted matrix on which the rounding of the change is measured
+SAMPLE = 16  # rows of each adapted matrix on which the rounding of the change is measured
 DONE = ".done.json"  # shards that are whole
 
 
@@ -46,12 +46,16 @@ class Streamed:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of a unit's only parameter, from number `first` on. `rows` counts elements where it has one dimension."""
+    """Rows of a unit's only parameter, from number `first` on, which are written from byte `place` of the file on.
+
+    `rows` counts elements where it has one dimension.
+    """
 
     unit: Unit
     output: int
     first: int
     rows: int
+    place: int
 
     @property
     def bytes(self) -> int:
@@ -126,30 +130,36 @@ class Merger:
         growing = folder / f".{title}.part"
         outputs = [unit.outputs[number] for unit, number in shard]
         head = header_bytes([(output.name, output.dtype, output.shape) for output in outputs])
-        blocks = [block for unit, number in shard for block in self._blocks(unit, number)]
+        blocks: list[Block] = []
+        place = len(head)
+        for unit, number in shard:
+            blocks += self._blocks(unit, number, place)
+            place += unit.outputs[number].bytes
         with Sink(growing) as sink:
             sink.put(memoryview(head))
             self._pump(blocks, lambda tensor: sink.put(_bytes_of(tensor)))
         size = growing.stat().st_size
-        if size != len(head) + sum(output.bytes for output in outputs):
+        if size != place:
             raise RefusedError(f"{growing}: {size} bytes were written, not what its header says")
         growing.replace(folder / title)
         console.say(f"{title}: {len(outputs)} tensors, {size / 2**20:,.0f} MiB")
         return sink.checksum
 
-    def _blocks(self, unit: Unit, number: int) -> Iterator[Block]:
+    def _blocks(self, unit: Unit, number: int, place: int) -> Iterator[Block]:
         shape = unit.outputs[number].shape
         rows = shape[0] if shape else 1
         if unit.converter is not None or not shape or not all(by_rows(layer) for layer in unit.layers):
-            yield Block(unit, number, 0, rows)
+            yield Block(unit, number, 0, rows, place)
             return
         if self.requantizer and self.requantizer.wants(unit.parameters[0]):
-            yield Block(unit, number, 0, rows)
+            yield Block(unit, number, 0, rows, place)
             return
         width = max(1, unit.outputs[number].bytes // unit.outputs[number].dtype.itemsize // max(rows, 1))
         step = _rows_of(width)
         for first in range(0, rows, step):
-            yield Block(unit, number, first, min(step, rows - first))
+            block = Block(unit, number, first, min(step, rows - first), place)
+            yield block
+            place += block.bytes
 
     def _pump(self, blocks: list[Block], put: Callable[[torch.Tensor], None]) -> None:
         """Every block is read and merged, and given to `put` in order; the next ones are merged meanwhile."""
@@ -160,6 +170,7 @@ class Merger:
                 for block in blocks:
                     while waiting and (len(waiting) == AHEAD or ahead + block.bytes > AHEAD_BYTES):
                         ahead -= self._settle(*waiting.popleft(), put)
+                    self._announce(block)
                     waiting.append((block, pool.submit(self._merged, block)))
                     ahead += block.bytes
                 while waiting:
@@ -202,14 +213,20 @@ class Merger:
                 mine[id(layer)] = deepcopy(layer, {id(tensor): tensor for tensor in common})
         return [mine[id(layer)] for layer in layers]
 
+    def _announce(self, block: Block) -> None:
+        if block.unit.whole is None and block.unit.converter is None:
+            width = _width(block.unit.stored[0])
+            self.files.announce(block.unit.stored[0], block.first * width, block.rows * width)
+
     def _read(self, block: Block) -> torch.Tensor:
         unit = block.unit
         if unit.whole is not None:
             rows = unit.whole.detach()[block.first : block.first + block.rows]
             return rows.clone() if unit.layers else rows  # merging may change them in place
         stored = unit.stored[0]
-        width = stored.numel // stored.shape[0] if stored.shape and stored.shape[0] else 1
-        flat = torch.empty(block.rows * width, dtype=stored.dtype)
+        width = _width(stored)
+        size = block.rows * width * stored.dtype.itemsize
+        flat = torch.frombuffer(congruent(size, block.place), dtype=stored.dtype) if size else torch.empty(0)
         self.files.read_into(stored, block.first * width, flat)
         return flat.view(block.rows, *stored.shape[1:]) if stored.shape else flat.view(())
 
@@ -239,6 +256,11 @@ class Merger:
             lost, wanted = rounded_away(layer, before, merged.tensor[:SAMPLE])
             merged.lost += lost
             merged.changed += wanted
+
+
+def _width(stored: Stored) -> int:
+    """Elements of a row."""
+    return stored.numel // stored.shape[0] if stored.shape and stored.shape[0] else 1
 
 
 def _rows_of(width: int) -> int:

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lora_recipes.errors import EXIT_MACHINE, MachineError, machine_fault
 from lora_recipes.merge import direct, stream, weights
 from lora_recipes.merge.checkpoint import INDEX
-from lora_recipes.merge.direct import Sink, read_back
+from lora_recipes.merge.direct import Sink, congruent, read_back
 from lora_recipes.merge.stream import DONE, Merger
 from lora_recipes.merge.weights import write_weights
 from tests.conftest import ROOT
@@ -301,20 +302,20 @@ def test_what_is_there_already_needs_no_room(made: tuple[Path, Path], tmp_path: 
     assert write_weights(planned, tmp_path / "merged").kept == 4
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="/proc")
 def test_a_disk_that_fills_up_while_writing(
     made: tuple[Path, Path], undisturbed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     planned = plan(recipe_on(made[0]), made[1])
-    write, calls, threads = os.write, [], torch.get_num_threads()
+    write, threads = os.writev, torch.get_num_threads()
 
-    def full(descriptor: int, data: memoryview) -> int:
-        calls.append(len(data))
-        if len(calls) > 3:
+    def full(descriptor: int, pieces: list[memoryview]) -> int:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == ".model-00004-of-00009.safetensors.part":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(descriptor, data)
+        return write(descriptor, pieces)
 
     with monkeypatch.context() as patch:
-        patch.setattr(direct.os, "write", full)
+        patch.setattr(direct.os, "writev", full)
         with pytest.raises(OSError, match="No space left") as caught:
             write_weights(planned, tmp_path)
     fault = machine_fault(caught.value)
@@ -376,6 +377,25 @@ def test_a_sink_holds_every_byte_and_no_more_and_they_are_read_back(
         path.unlink(missing_ok=True)
 
 
+def test_bytes_that_lie_as_in_the_file_are_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of any length, among others that lie elsewhere: the file is the same, and its long pieces are written from where they are."""
+    lengths = random.Random(0)
+    copied, copy = [], Sink._copy
+    monkeypatch.setattr(Sink, "_copy", lambda self, data: copied.append(len(data)) or copy(self, data))
+    content, long = bytearray(), 0
+    with Sink(tmp_path / "file") as taking:
+        for number in range(60):
+            length = lengths.choice([1, 100, 4096, 70_000, 2 * MIB, 9 * MIB + 1])
+            piece = congruent(length, len(content)) if number % 3 else memoryview(bytearray(length))
+            piece[:] = lengths.randbytes(length)
+            content += piece
+            long += length if number % 3 and length >= 70_000 else 0
+            taking.put(piece)
+    assert (tmp_path / "file").read_bytes() == content
+    assert taking.checksum == xxhash.xxh3_128(content).hexdigest()
+    assert 0 < long <= len(content) - sum(copied) + 60 * 2 * 4096  # but for the pages at both ends
+
+
 def refuse_direct(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some file systems open a file so that it goes past the page cache, and refuse to write or to read (EINVAL)."""
     fcntl = pytest.importorskip("fcntl")
@@ -390,7 +410,7 @@ def refuse_direct(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return refused
 
-    monkeypatch.setattr(direct.os, "write", refusing(os.write))
+    monkeypatch.setattr(direct.os, "writev", refusing(os.writev))
     monkeypatch.setattr(direct.os, "readv", refusing(os.readv))
 
 
