@@ -175,6 +175,8 @@ class Files:
     def announce(self, stored: Stored, first: int, count: int) -> None:
         """Let the system begin to read what will be asked for soon: `count` values from number `first` on."""
         size = stored.dtype.itemsize
+        if not count:
+            return  # a length of 0 would be the whole file
         with suppress(AttributeError, OSError):  # a hint, which not every system takes
             os.posix_fadvise(
                 self._descriptor(stored.file), stored.start + first * size, count * size, os.POSIX_FADV_WILLNEED

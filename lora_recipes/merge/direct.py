@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -154,6 +155,21 @@ def read_back(path: Path, checksum: str, *, cached: bool) -> str:
     if not path.is_file():
         raise RefusedError(f"{path}: is gone")
     hasher, checking = hashlib.sha256(), xxhash.xxh3_128()
+    _feed(path, [hasher, checking], cached)
+    if checking.hexdigest() != checksum:
+        raise RefusedError(f"{path}: its content is not what was written; the disk or somebody changed it")
+    return hasher.hexdigest()
+
+
+def checksum_of(path: Path) -> str:
+    """The checksum of a file as the disk has it."""
+    checking = xxhash.xxh3_128()
+    _feed(path, [checking], cached=False)
+    return checking.hexdigest()
+
+
+def _feed(path: Path, hashers: list[Any], cached: bool) -> None:
+    """A file's bytes to each of these; while one block is hashed the next is read."""
     buffers = [mmap.mmap(-1, SIZE), mmap.mmap(-1, SIZE)]
     descriptor = os.open(path, os.O_RDONLY) if cached else _open(path, os.O_RDONLY)
     try:
@@ -163,13 +179,10 @@ def read_back(path: Path, checksum: str, *, cached: bool) -> str:
                 full = buffers[0]
                 buffers.reverse()
                 pending = disk.submit(_read, descriptor, buffers[0])
-                hasher.update(memoryview(full)[:read])
-                checking.update(memoryview(full)[:read])
+                for hasher in hashers:
+                    hasher.update(memoryview(full)[:read])
     finally:
         os.close(descriptor)
-    if checking.hexdigest() != checksum:
-        raise RefusedError(f"{path}: its content is not what was written; the disk or somebody changed it")
-    return hasher.hexdigest()
 
 
 def _read(descriptor: int, buffer: mmap.mmap) -> int:

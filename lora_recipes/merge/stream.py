@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from lora_recipes import console
 from lora_recipes.errors import RefusedError
 from lora_recipes.merge.arithmetic import by_rows, convert_and_merge, merge_rows, require_finite, rounded_away
 from lora_recipes.merge.checkpoint import INDEX, Files, Stored, header_bytes
-from lora_recipes.merge.direct import Sink, congruent, read_back
+from lora_recipes.merge.direct import Sink, checksum_of, congruent
 from lora_recipes.merge.layout import Layer, Layout, Unit
 from lora_recipes.merge.requantize import Requantizer
 from lora_recipes.run_dir import read_json, write_json
@@ -25,6 +25,7 @@ BLOCK = 2**19  # elements that are read and merged at a time
 ROWS = 64  # a block is a multiple of so many rows: matrix kernels then treat it as they treat the whole
 AHEAD = 12  # blocks that are merged before the first of them is written
 AHEAD_BYTES = 2**28  # of them, where weights have to be read whole
+COPIES = 16  # of layers that a thread keeps
 SAMPLE = 16  # rows of each adapted matrix on which the rounding of the change is measured
 DONE = ".done.json"  # shards that are whole
 
@@ -49,6 +50,9 @@ class Block:
     """Rows of a unit's only parameter, from number `first` on, which are written from byte `place` of the file on.
 
     `rows` counts elements where it has one dimension.
+
+    Attributes:
+        alone: it has to be read and merged whole, or is converted: one such at a time, for the memory.
     """
 
     unit: Unit
@@ -56,6 +60,7 @@ class Block:
     first: int
     rows: int
     place: int
+    alone: bool = False
 
     @property
     def bytes(self) -> int:
@@ -84,7 +89,7 @@ class Merger:
         self.layout, self.files, self.requantizer, self.workers = layout, files, requantizer, workers
         self.result = Streamed()
         self.converted: dict[str, torch.Tensor] = {}  # computed, and not written yet
-        self.converting = Lock()
+        self.alone = Lock()
         self.written: set[str] = set()  # in shards that were kept
         self.thread = local()  # .layers: a worker's copies of PEFT's
 
@@ -148,11 +153,9 @@ class Merger:
     def _blocks(self, unit: Unit, number: int, place: int) -> Iterator[Block]:
         shape = unit.outputs[number].shape
         rows = shape[0] if shape else 1
-        if unit.converter is not None or not shape or not all(by_rows(layer) for layer in unit.layers):
-            yield Block(unit, number, 0, rows, place)
-            return
-        if self.requantizer and self.requantizer.wants(unit.parameters[0]):
-            yield Block(unit, number, 0, rows, place)
+        requantized = self.requantizer is not None and self.requantizer.wants(unit.parameters[0])
+        if unit.converter is not None or requantized or not shape or not all(by_rows(layer) for layer in unit.layers):
+            yield Block(unit, number, 0, rows, place, alone=True)
             return
         width = max(1, unit.outputs[number].bytes // unit.outputs[number].dtype.itemsize // max(rows, 1))
         step = _rows_of(width)
@@ -191,15 +194,16 @@ class Merger:
     def _merged(self, block: Block) -> Merged:
         """Read a block and merge it; in a worker's thread."""
         unit, output = block.unit, block.unit.outputs[block.output]
-        if unit.converter is not None:
-            merged = Merged(self._converted(unit, output.name))
-        else:
-            tensor = self._read(block).to(unit.loaded)
-            if self.requantizer:
-                tensor = self.requantizer.opened(unit.parameters[0], tensor)
-            merged = Merged(tensor.to(output.dtype))
-            for layer in self._own(unit.layers):
-                self._change(layer, unit, merged, block.first)
+        with self.alone if block.alone else nullcontext():
+            if unit.converter is not None:
+                merged = Merged(self._converted(unit, output.name))
+            else:
+                tensor = self._read(block).to(unit.loaded)
+                if self.requantizer:
+                    tensor = self.requantizer.opened(unit.parameters[0], tensor)
+                merged = Merged(tensor.to(output.dtype))
+                for layer in self._own(unit.layers):
+                    self._change(layer, unit, merged, block.first)
         if unit.layers:
             require_finite(merged.tensor, output.name)
         return merged
@@ -207,6 +211,8 @@ class Merger:
     def _own(self, layers: tuple[Layer, ...]) -> list[Layer]:
         """PEFT's layers are lent the weights they change: each thread has its own, with the adapter's tensors in common."""
         mine: dict[int, Layer] = self.thread.__dict__.setdefault("layers", {})
+        if len(mine) > COPIES:  # blocks come in the order of their layers
+            mine.clear()
         for layer in layers:
             if id(layer) not in mine:
                 common = [*layer.parameters(), *layer.buffers()]
@@ -226,18 +232,20 @@ class Merger:
         stored = unit.stored[0]
         width = _width(stored)
         size = block.rows * width * stored.dtype.itemsize
-        flat = torch.frombuffer(congruent(size, block.place), dtype=stored.dtype) if size else torch.empty(0)
+        if size and stored.dtype == unit.loaded == unit.outputs[block.output].dtype:  # written from there
+            flat = torch.frombuffer(congruent(size, block.place), dtype=stored.dtype)
+        else:
+            flat = torch.empty(block.rows * width, dtype=stored.dtype)
         self.files.read_into(stored, block.first * width, flat)
         return flat.view(block.rows, *stored.shape[1:]) if stored.shape else flat.view(())
 
     def _converted(self, unit: Unit, name: str) -> torch.Tensor:
-        """One of the tensors that are written of a unit; whoever asks for the first computes them all. Units: one at a time."""
-        with self.converting:
-            if name not in self.converted:
-                own = replace(unit, layers=tuple(self._own(unit.layers)))
-                found = convert_and_merge(own, self.layout.model, self.files, self.requantizer)
-                self.converted |= {name: value for name, value in found.items() if name not in self.written}
-            return self.converted.pop(name)
+        """One of the tensors that are written of a unit; whoever asks for the first computes them all."""
+        if name not in self.converted:
+            own = replace(unit, layers=tuple(self._own(unit.layers)))
+            found = convert_and_merge(own, self.layout.model, self.files, self.requantizer)
+            self.converted |= {name: value for name, value in found.items() if name not in self.written}
+        return self.converted.pop(name)
 
     def _change(self, layer: Layer, unit: Unit, merged: Merged, first: int) -> None:
         tensor = merged.tensor
@@ -276,12 +284,13 @@ def _finished(folder: Path, plan: str) -> dict[str, Any]:
         return {}
     if done.get("plan") != plan:
         return {}
-    whole = {}
-    for title, record in done["shards"].items():
-        with suppress(RefusedError):  # one that is not whole is written again
-            read_back(folder / title, record.get("checksum", ""), cached=False)
-            whole[title] = record
-    return whole
+    records: dict[str, Any] = done["shards"]
+    return {
+        title: record
+        for title, record in records.items()
+        # Records of older versions have no checksum.
+        if "checksum" in record and (folder / title).is_file() and checksum_of(folder / title) == record["checksum"]
+    }
 
 
 def _remove_others(folder: Path, kept: dict[str, Any]) -> None:

@@ -117,8 +117,8 @@ def write_weights(planned: Planned, folder: Path, *, keep_progress: bool = False
         reused=sum(file.stat().st_size for file in there),
     )
     threads = torch.get_num_threads()
-    workers = min(threads, WORKERS)
-    torch.set_num_threads(threads // workers)  # in each of them
+    workers = max(2, min(threads, WORKERS))  # two on one core as well: one may wait for the disk
+    torch.set_num_threads(max(1, threads // workers))  # in each of them
     try:
         with freed_memory_kept(), Files() as files:
             written = Merger(planned.layout, files, planned.requantizer, workers).write(folder, planned.identity)

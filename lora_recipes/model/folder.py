@@ -48,7 +48,7 @@ def write_sums(folder: Path, known: dict[str, str] | None = None) -> None:
     """Write the sha256 of every file in the folder.
 
     Args:
-        known: file name → sha256, for those that were computed while they were written.
+        known: file name → sha256, for those that are known already.
     """
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
     sums = {name: (known or {}).get(name) or file_sha256(folder / name) for name in names}
@@ -79,31 +79,11 @@ def require_intact(folder: Path) -> None:
     unlisted = [file.name for file in sorted(folder.glob("*")) if file.suffix in LOADED and file.name not in listed]
     if unlisted and (folder / SUMS).is_file():
         raise RefusedError(f"{folder / SUMS}: does not list {unlisted[0]}; {folder} is not what was published")
-    require_sums(
-        folder,
-        listed,
-        gone=f"; {folder} is not what was published. Publish it again",
-        changed=f"its sha256 is not that of {folder / SUMS}: the disk or somebody has changed it. "
-        f"Delete {folder} and make it again",
-    )
-
-
-def require_sums(
-    folder: Path,
-    sums: dict[str, str],
-    *,
-    gone: str = "",
-    changed: str = "its content is not what was written; the disk or somebody changed it",
-) -> None:
-    """Raises RefusedError when a file in `folder` is not, bit for bit, the one whose sha256 is given.
-
-    Args:
-        sums: file name → sha256.
-        gone: what is said after a file that is not there.
-        changed: what is said of a file with another content.
-    """
-    for name, expected in sums.items():
+    for name, expected in listed.items():
         if not (folder / name).is_file():
-            raise RefusedError(f"{folder / name}: is gone{gone}")
+            raise RefusedError(f"{folder / name}: is gone; {folder} is not what was published. Publish it again")
         if file_sha256(folder / name) != expected:
-            raise RefusedError(f"{folder / name}: {changed}")
+            raise RefusedError(
+                f"{folder / name}: its sha256 is not that of {folder / SUMS}: the disk or somebody has changed it. "
+                f"Delete {folder} and make it again"
+            )

@@ -18,7 +18,10 @@ from lora_recipes.recipe import Recipe
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 MMAP_THRESHOLD, TRIM_THRESHOLD = 1 << 20, 64 << 20  # bytes
-KEPT = 1 << 30  # bytes; more than any block that comes and goes
+MOST_MAPPED, NEVER = (
+    32 << 20,
+    1 << 30,
+)  # bytes; older versions of glibc take no larger threshold of mapping (mallopt(3))
 # (limit, in use, statistics, their key for idle file cache) of a container's memory, version 2 and version 1.
 CONTROL_GROUPS = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
@@ -220,10 +223,10 @@ def _mallopt(mmap_threshold: int, trim_threshold: int) -> None:
 def freed_memory_kept() -> Iterator[None]:
     """Meanwhile the C library keeps what is freed and gives it out again.
 
-    For work on blocks of one size that come and go: a block that is mapped anew costs a fault for each of its pages, three
-    times what is computed on it.
+    For work on blocks of a few MiB that come and go: a block that is mapped anew costs a fault for each of its pages, three
+    times what is computed on it. Afterwards what is freed is given back.
     """
-    _mallopt(KEPT, KEPT)
+    _mallopt(MOST_MAPPED, NEVER)
     try:
         yield
     finally:

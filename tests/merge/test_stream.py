@@ -199,10 +199,46 @@ def test_experts_that_a_kept_shard_holds_are_not_kept_in_memory(tmp_path: Path):
     write_weights(planned, tmp_path / "merged", keep_progress=True)
     lost = [title for title, shard in planned.layout.shards.items() if any(u.converter for u, _ in shard)][1]
     (tmp_path / "merged" / lost).unlink()
-    with torch.no_grad(), weights.Files() as files:
+    with weights.Files() as files:
         merger = Merger(planned.layout, files, None)
         merger.write(tmp_path / "merged", planned.identity)
     assert not merger.converted
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_how_many_threads_merge_changes_no_bit(
+    workers: int,
+    made: tuple[Path, Path],
+    undisturbed: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Also with few copies of layers, and where the threads take turns as often as they can."""
+    monkeypatch.setattr(stream, "BLOCK", 64)
+    monkeypatch.setattr(stream, "COPIES", 2)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        planned = plan(recipe_on(made[0]), made[1])
+        with weights.Files() as files:
+            result = Merger(planned.layout, files, None, workers).write(tmp_path, planned.identity)
+    finally:
+        sys.setswitchinterval(interval)
+    assert result.checksums == undisturbed == checksums_of(tmp_path)
+    assert result.rounded_away == streamed(recipe_on(made[0]), made[1], tmp_path / "again")[1].rounded_away
+
+
+def test_a_record_of_an_older_version_is_no_progress(
+    made: tuple[Path, Path], undisturbed: dict[str, str], tmp_path: Path
+):
+    planned = plan(recipe_on(made[0]), made[1])
+    write_weights(planned, tmp_path, keep_progress=True)
+    done = json.loads((tmp_path / DONE).read_text())
+    for record in done["shards"].values():
+        record["sha256"] = record.pop("checksum")
+    (tmp_path / DONE).write_text(json.dumps(done))
+    result = write_weights(planned, tmp_path)
+    assert result.kept == 0 and result.checksums == undisturbed
 
 
 SCRIPT = """
@@ -377,9 +413,20 @@ def test_a_sink_holds_every_byte_and_no_more_and_they_are_read_back(
         path.unlink(missing_ok=True)
 
 
-def test_bytes_that_lie_as_in_the_file_are_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("where", ["disk", "direct refused later", "written in part"])
+def test_bytes_that_lie_as_in_the_file_are_not_copied(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Of any length, among others that lie elsewhere: the file is the same, and its long pieces are written from where they are."""
     lengths = random.Random(0)
+    if where == "direct refused later":
+        refuse_direct(monkeypatch)
+    if where == "written in part":
+        write, parts = os.writev, random.Random(1)
+
+        def in_part(descriptor: int, pieces: list[memoryview]) -> int:
+            several = pieces[: parts.randint(1, len(pieces))]
+            return write(descriptor, [*several[:-1], several[-1][: parts.choice([4096, 5000, len(several[-1])])]])
+
+        monkeypatch.setattr(direct.os, "writev", in_part)
     copied, copy = [], Sink._copy
     monkeypatch.setattr(Sink, "_copy", lambda self, data: copied.append(len(data)) or copy(self, data))
     content, long = bytearray(), 0
