@@ -22,7 +22,7 @@ from lora_recipes.model.source import Source
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import file_sha256, require_room
 
-WORKERS = 4  # threads that read and merge, where there are as many cores: no disk takes more than they merge
+WORKERS = 4  # threads that read and merge, where there are as many cores; more were not measured
 SPARE = 64 * 2**20  # bytes on the disk beside the weights: tokenizer, configs, evidence
 
 
