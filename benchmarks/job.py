@@ -14,11 +14,16 @@ from typing import Any
 from benchmarks import peers, rate, results
 from benchmarks.results import Row
 
-KEYS = ("peer", "job", "checkpointing")
+KEYS = ("peer", "job", "variant")
 OURS = ("lora-recipes", "lora-recipes-float32")
-LEAN = ("llamafactory", "swift")  # measured once more with checkpointing on, for their memory
+# What of another tool's training is asked for in another way, once more: of that only the training is measured.
+VARIANTS: dict[str, dict[str, Any]] = {"checkpointing": {"checkpointing": True}, "bf16": {"dtype": "bfloat16"}}
+LEAN = ("llamafactory", "swift")  # measured with checkpointing too, for their memory
 DROPPED = ("learning_rates", "commands", "threads_asked", "schedule")
 NO_FIGURE = "–"
+
+
+Way = tuple[str, str | None]  # a tool, and its variant; None: as its `Peer` says, in float32
 
 
 @dataclass(frozen=True)
@@ -110,10 +115,10 @@ def measure(options: Options, command: str) -> None:
         found["gpu"] = results.card()
     for number in range(1, options.rounds + 1):
         for job in options.jobs:
-            for name, checkpointing in order(options, found["rows"], job, number):
-                if options.go_on and _there(found["rows"], name, job, checkpointing, number, options.steps):
+            for way in order(options, found["rows"], job, number, _fast_at_bf16(found)):
+                if options.go_on and _there(found["rows"], way, job, number, options.steps):
                     continue
-                row = one(options, name, job, checkpointing, job == options.jobs[0])
+                row = one(options, way, job, job == options.jobs[0])
                 found["rows"] = results.with_row(found["rows"], row | {"round": number}, KEYS)
                 _say(row, number)
                 results.keep(options.section, found)
@@ -130,10 +135,10 @@ def measure_again(options: Options, part: str, command: str) -> None:
     found, facts = results.read()[options.section], results.begun(command)
     for number in range(1, options.rounds + 1):
         for job in options.jobs:
-            for name, checkpointing in order(options, found["rows"], job, number):
+            for name, variant in order(options, found["rows"], job, number):
                 for row in found["rows"]:
-                    same = (row["peer"], row["job"], row["round"]) == (name, job, number)
-                    if same and checkpointing is None and part in row:
+                    same = (row["peer"], row["variant"], row["job"], row["round"]) == (name, variant, job, number)
+                    if same and part in row:
                         row[part] = _told(PARTS[part](options, name, job), options.lab)
                         print(f"round {number}, {job}, {name}: {part} {row[part].get('wall', '')}", flush=True)
                         results.keep(options.section, found)
@@ -142,30 +147,39 @@ def measure_again(options: Options, part: str, command: str) -> None:
     results.keep(options.section, found)
 
 
-def order(options: Options, rows: Sequence[Row], job: str, number: int) -> list[tuple[str, bool | None]]:
-    """(tool, checkpointing) of one job in one round."""
+def order(options: Options, rows: Sequence[Row], job: str, number: int, bf16: bool = False) -> list[Way]:
+    """What is measured of one job in one round.
+
+    Args:
+        bf16: the other tools are measured in bf16 too, where this CPU's products are faster in it.
+    """
     if number == 1:
-        lean = [name for name in options.names if name in LEAN and options.device == "cpu"]
-        return [*((name, None) for name in options.names), *((name, True) for name in lean)]
+        ways: list[Way] = [(name, None) for name in options.names]
+        others = [name for name in options.names if not _is_ours(name) and options.device == "cpu"]
+        ways += [(name, "checkpointing") for name in others if name in LEAN]
+        return ways + [(name, "bf16") for name in others if bf16]
     paired = [column for column in columns(options.device) if column.paired]
-    best = {row["peer"] for column in paired if (row := best_peer(rows, job, column))}
-    names = [name for name in options.names if _is_ours(name) or name in best]
-    return [(name, None) for name in (names if number % 2 else names[::-1])]
+    best = {(row["peer"], row["variant"]) for column in paired if (row := best_peer(rows, job, column))}
+    ways = [(name, None) for name in options.names if _is_ours(name) or (name, None) in best]
+    ways += sorted(way for way in best if way[1] is not None)
+    return ways if number % 2 else ways[::-1]
 
 
-def one(options: Options, name: str, job: str, checkpointing: bool | None, with_help: bool) -> Row:
-    """Everything that is measured of one tool in one round; with checkpointing asked for, only the training."""
+def _fast_at_bf16(found: Row) -> bool:
+    return found["rates"]["bfloat16"] > found["rates"]["float32"]
+
+
+def one(options: Options, way: Way, job: str, with_help: bool) -> Row:
+    """Everything that is measured of one tool in one round; of a variant only the training."""
+    name, variant = way
+    asked = VARIANTS[variant] if variant else {}
+    if options.device == "gpu":
+        asked = {"dtype": "bfloat16"}
     row = peers.measure(
-        name,
-        job,
-        options.steps,
-        options.lab,
-        options.cores,
-        cores=options.cores,
-        checkpointing=checkpointing,
-        device=options.device,
+        name, job, options.steps, options.lab, options.cores, cores=options.cores, device=options.device, **asked
     )
-    if checkpointing is None:
+    row["variant"] = variant
+    if variant is None:
         parts = (["help"] if with_help else []) + (["merge", "held_out"] if row["rc"] == 0 else [])
         row |= {part: PARTS[part](options, name, job) for part in parts}
     return _told(row, options.lab)
@@ -209,12 +223,12 @@ def median(rows: Sequence[Row], column: Column) -> float | None:
     return statistics.median(figures) if figures else None
 
 
-def grouped(rows: Sequence[Row], job: str) -> dict[tuple[str, bool], list[Row]]:
-    """The rounds of each tool, by (tool, checkpointing), a job's."""
-    found: dict[tuple[str, bool], list[Row]] = {}
+def grouped(rows: Sequence[Row], job: str) -> dict[Way, list[Row]]:
+    """The rounds of each tool and each of its variants, a job's."""
+    found: dict[Way, list[Row]] = {}
     for row in rows:
         if row["job"] == job:
-            found.setdefault((row["peer"], row["checkpointing"]), []).append(row)
+            found.setdefault((row["peer"], row["variant"]), []).append(row)
     return found
 
 
@@ -227,11 +241,11 @@ def best_peer(rows: Sequence[Row], job: str, column: Column) -> Row | None:
 
 
 def ratios(rows: Sequence[Row], job: str, column: Column, name: str) -> list[float]:
-    """Ours over the best peer's, of every round that has both; the tool's own checkpointing is what it is measured at."""
+    """Ours over the best peer's, of every round that has both."""
     best = best_peer(rows, job, column)
     if best is None:
         return []
-    theirs = {row["round"]: column.of(row) for row in grouped(rows, job)[best["peer"], best["checkpointing"]]}
+    theirs = {row["round"]: column.of(row) for row in grouped(rows, job)[best["peer"], best["variant"]]}
     ours = {row["round"]: column.of(row) for row in rows if row["job"] == job and row["peer"] == name}
     pairs = [(ours[number], theirs[number]) for number in sorted(ours.keys() & theirs.keys())]
     return [first / second for first, second in pairs if first is not None and second]
@@ -241,8 +255,8 @@ def summary(rows: Sequence[Row], device: str) -> list[Row]:
     """Median, least and most of each figure of each tool."""
     found = []
     for job in dict.fromkeys(row["job"] for row in rows):
-        for (name, checkpointing), runs in grouped(rows, job).items():
-            line: Row = {"peer": name, "job": job, "checkpointing": checkpointing, "rounds": len(runs)}
+        for (name, variant), runs in grouped(rows, job).items():
+            line: Row = {"peer": name, "job": job, "variant": variant, "rounds": len(runs)}
             for column in columns(device):
                 figures = [figure for row in runs if (figure := column.of(row)) is not None]
                 if figures:
@@ -276,14 +290,14 @@ def _asked(asked: Row) -> str:
     return f"{asked['steps']} steps, {asked['rounds']} rounds, medians; {cores}."
 
 
-def _training(tools: dict[tuple[str, bool], list[Row]], found: Row, device: str) -> list[str]:
+def _training(tools: dict[Way, list[Row]], found: Row, device: str) -> list[str]:
     shown = [column for column in TRAINING if column.device in ("", device)]
     heads = ["tool", "computes in", *(column.head for column in shown)]
     limits = ("float32", "bfloat16") if device == "cpu" else ()
     heads += [f"of the {'bf16' if dtype == 'bfloat16' else dtype} rate" for dtype in limits]
     body = []
-    for (name, checkpointing), runs in tools.items():
-        cells = [_named(name, checkpointing), _type(runs), *(_cell(runs, column) for column in shown)]
+    for runs in tools.values():
+        cells = [_named(runs[0]), _type(runs), *(_cell(runs, column) for column in shown)]
         for dtype in limits:
             shares = [figure for row in runs if (figure := share(row, found, dtype)) is not None]
             cells.append(f"{100 * statistics.median(shares):.0f} %" if shares else NO_FIGURE)
@@ -291,15 +305,15 @@ def _training(tools: dict[tuple[str, bool], list[Row]], found: Row, device: str)
     return results.table(heads, body, 2)
 
 
-def _waiting(tools: dict[tuple[str, bool], list[Row]], rows: Sequence[Row], device: str) -> list[str]:
+def _waiting(tools: dict[Way, list[Row]], rows: Sequence[Row], device: str) -> list[str]:
     heads = ["tool", "version", *(column.head for column in WAITING)]
     body = []
-    for (name, checkpointing), runs in tools.items():
-        if name in LEAN and checkpointing:
+    for (name, variant), runs in tools.items():
+        if variant is not None:
             continue
         anywhere = [row for row in rows if row["peer"] == name]
         cells = [_cell(anywhere if column is WAITING[0] else runs, column) for column in WAITING]
-        body.append([_named(name, checkpointing), runs[0]["version"] or NO_FIGURE, *cells])
+        body.append([_named(runs[0]), runs[0]["version"] or NO_FIGURE, *cells])
     return results.table(heads, body, 2)
 
 
@@ -310,7 +324,7 @@ def _comparison(rows: Sequence[Row], job: str, device: str) -> list[str]:
         best = best_peer(rows, job, column)
         if best is None or not column.best:
             continue
-        cells = [column.head, _named(best["peer"], best["checkpointing"])]
+        cells = [column.head, _named(best)]
         for name in ours:
             found = ratios(rows, job, column, name)
             spread = f" ({min(found):.2f}–{max(found):.2f})" if len(found) > 1 else ""
@@ -323,7 +337,7 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
     """What a tool does another way, and what it failed at, each said once."""
     said: dict[str, None] = {}
     for row in rows:
-        name = _named(row["peer"], row["checkpointing"])
+        name = _named(row)
         if row.get("differs"):
             said[f"- {row['peer']}: {row['differs']}."] = None
         for what, part in (("training", row), *((key, row.get(key) or {}) for key in ("merge", "held_out", "help"))):
@@ -333,9 +347,12 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
     yield from said
 
 
-def _named(name: str, checkpointing: bool) -> str:
-    shown = f"**{name}**" if _is_ours(name) else name
-    return f"{shown}, checkpointing" if checkpointing else shown
+def _named(row: Row) -> str:
+    shown = f"**{row['peer']}**" if _is_ours(row["peer"]) else row["peer"]
+    asked = [
+        word for word, said in (("checkpointing", row["checkpointing"]), ("bf16", row["variant"] == "bf16")) if said
+    ]
+    return ", ".join([shown, *asked])
 
 
 def _type(runs: Sequence[Row]) -> str:
@@ -351,11 +368,10 @@ def _is_ours(name: str) -> bool:
     return name.startswith("lora-recipes")
 
 
-def _there(rows: Sequence[Row], name: str, job: str, checkpointing: bool | None, number: int, steps: int) -> bool:
-    asked = peers.PEERS[name].checkpointing if checkpointing is None else checkpointing
-    wanted = (name, job, asked, number, steps)
+def _there(rows: Sequence[Row], way: Way, job: str, number: int, steps: int) -> bool:
+    wanted = (*way, job, number, steps)
     return any(
-        (row["peer"], row["job"], row["checkpointing"], row["round"], row["asked_steps"]) == wanted
+        (row["peer"], row["variant"], row["job"], row["round"], row["asked_steps"]) == wanted
         for row in rows
         if row["rc"] in (0, None)
     )
@@ -378,7 +394,7 @@ def _told(part: Row, lab: Path) -> Row:
 
 def _say(row: Row, number: int) -> None:
     what = row.get("reason") or row.get("error") or f"{row.get('real_per_cpu_second', 0):.0f} real tokens / CPU s"
-    print(f"round {number}, {row['job']}, {_named(row['peer'], row['checkpointing'])}: {what}", flush=True)
+    print(f"round {number}, {row['job']}, {_named(row)}: {what}", flush=True)
 
 
 _MERGE_WALL = WAITING[3].of

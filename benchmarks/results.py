@@ -20,14 +20,15 @@ def machine() -> Row:
     """What a figure depends on, without importing torch."""
     path = Path("/proc/cpuinfo")
     facts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    named, vendor = (
+    named, vendor, family, model = (
         next((line.partition(":")[2].strip() for line in facts if line.startswith(what)), "")
-        for what in ("model name", "vendor_id")
+        for what in ("model name", "vendor_id", "cpu family", "model\t")
     )
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": named or platform.processor() or platform.machine(),
         "vendor": vendor,
+        "generation": f"family {family}, model {model}" if family else "",  # a cloud's model name does not tell
         "cores": os.cpu_count(),
         "cores_allowed": allowed,
         "amx": any("amx_bf16" in line.split() for line in facts if line.startswith("flags")),
@@ -57,12 +58,13 @@ def ended(facts: Row) -> Row:
 
 def described(facts: Row) -> str:
     """The facts in one line of Markdown."""
+    generation = f" ({facts['generation']})" if facts.get("generation") else ""
     amx = "with AMX" if facts["amx"] else "without AMX"
     load = f"load {facts['load_before']:.1f} before" + (
         f", {facts['load_after']:.1f} after" if "load_after" in facts else ""
     )
     return (
-        f"{facts['cpu']} {amx}, {facts['cores']} cores, {facts['cores_allowed']} of them allowed; torch {facts['torch']}; "
+        f"{facts['cpu']}{generation} {amx}, {facts['cores']} cores, {facts['cores_allowed']} of them allowed; torch {facts['torch']}; "
         f"{load}; {facts['date']}, commit {facts['commit']}: `{facts['command']}`"
     )
 
@@ -75,7 +77,9 @@ def read(file: Path = FILE) -> dict[str, Row]:
 def kept_here(section: str, facts: Row, file: Path = FILE) -> Row:
     """A section as far as it was measured on this machine: figures of two machines stand in no table together."""
     found = read(file).get(section, {})
-    same = found and all(found["machine"].get(key) == facts[key] for key in ("cpu", "cores", "amx", "torch"))
+    same = found and all(
+        found["machine"].get(key) == facts[key] for key in ("cpu", "generation", "cores", "amx", "torch")
+    )
     return found if same else {}
 
 

@@ -14,6 +14,7 @@ def row(peer: str, number: int = 1, rate: float = 10.0, name: str = "qv", **more
     found = {
         "peer": peer,
         "job": name,
+        "variant": None,
         "checkpointing": False,
         "round": number,
         "rc": 0,
@@ -25,13 +26,13 @@ def row(peer: str, number: int = 1, rate: float = 10.0, name: str = "qv", **more
 
 
 def test_a_first_round_replaces_all_rounds_of_its_tool_and_a_later_one_its_own():
-    rows = [row("a"), row("a", 2), row("b"), row("a", name="all-linear"), row("a", checkpointing=True)]
+    rows = [row("a"), row("a", 2), row("b"), row("a", name="all-linear"), row("a", variant="bf16")]
     again = with_row(rows, row("a", rate=99.0), job.KEYS)
-    assert [(one["peer"], one["round"], one["job"], one["checkpointing"]) for one in again] == [
-        ("b", 1, "qv", False),
-        ("a", 1, "all-linear", False),
-        ("a", 1, "qv", True),
-        ("a", 1, "qv", False),
+    assert [(one["peer"], one["round"], one["job"], one["variant"]) for one in again] == [
+        ("b", 1, "qv", None),
+        ("a", 1, "all-linear", None),
+        ("a", 1, "qv", "bf16"),
+        ("a", 1, "qv", None),
     ]
     assert again[-1]["real_per_cpu_second"] == 99.0
     assert len(with_row(rows, row("a", 2), job.KEYS)) == len(rows)
@@ -50,10 +51,19 @@ def test_the_best_peer_is_of_round_one_and_a_ratio_of_rounds_that_both_have():
 def test_later_rounds_measure_ours_and_the_best_peers_in_turned_order():
     options = job.Options(Path(), ["lora-recipes", "lora-recipes-float32", "axolotl", "llamafactory", "trl"])
     rows = [row("axolotl", rate=30, first_step=20), row("trl", rate=20, first_step=10), row("llamafactory", rate=1)]
-    assert job.order(options, rows, "qv", 1)[-2:] == [("trl", None), ("llamafactory", True)]
+    assert job.order(options, rows, "qv", 1)[-2:] == [("trl", None), ("llamafactory", "checkpointing")]
     second = [name for name, _ in job.order(options, rows, "qv", 2)]
     assert second == ["trl", "axolotl", "lora-recipes-float32", "lora-recipes"]
     assert [name for name, _ in job.order(options, rows, "qv", 3)] == second[::-1]
+
+
+def test_where_the_cpu_is_fast_at_bf16_the_other_tools_are_asked_for_it_too_and_the_best_way_is_measured_again():
+    options = job.Options(Path(), ["lora-recipes", "axolotl", "trl"])
+    assert job.order(options, [], "qv", 1, bf16=True)[-2:] == [("axolotl", "bf16"), ("trl", "bf16")]
+    rows = [row("lora-recipes", rate=60), row("axolotl", rate=20), row("axolotl", variant="bf16", rate=30)]
+    assert job.order(options, rows, "qv", 3) == [("lora-recipes", None), ("axolotl", "bf16")]
+    assert job.ratios(rows, "qv", job.REAL, "lora-recipes") == [2.0]
+    assert "| real tokens / CPU s | axolotl, bf16 | 2.00 |" in job._comparison(rows, "qv", "cpu")
 
 
 def test_a_merge_is_compared_where_it_writes_a_model_that_loads():
@@ -89,6 +99,7 @@ def found() -> dict[str, Any]:
         {
             "peer": "litgpt",
             "job": "qv",
+            "variant": None,
             "checkpointing": False,
             "round": 1,
             "rc": 1,

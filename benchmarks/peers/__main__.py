@@ -36,6 +36,9 @@ def main() -> None:
     parser.add_argument(
         "--checkpointing", choices=("on", "off"), help="of activations; unset: off, and `trl sft` at its default, on"
     )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the other tools (%(default)s)"
+    )
     parser.add_argument("--only", nargs="+", choices=("help", "train", "merge", "held-out"), help="unset: all four")
     parser.add_argument("--out", type=Path, help="write the rows there too, as one JSON list")
     args = parser.parse_args()
@@ -79,6 +82,7 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     cores=args.cores,
                     schedule=args.schedule,
                     checkpointing=checkpointing,
+                    dtype=args.dtype,
                 )
                 yield {"what": "train"} | row
                 if row["rc"] != 0:

@@ -32,16 +32,18 @@ def measure(
     schedule: str = "constant",
     checkpointing: bool | None = None,
     device: str = "cpu",
+    dtype: str = "float32",
     timeout: float = 3600,
 ) -> dict[str, Any]:
     """Train with one tool, traced; its earlier result of this job is deleted first.
 
     `threads` is what OMP_NUM_THREADS asks for, `cores` how many the run is held to; a row has the `threads` it then took.
     Returns what was asked (`peer`, `version`, `job`, `threads` ...) with what `run.measured` and `trace.figures` give.
-    A tool that failed has `rc` and `error`; one that cannot do this has `rc` None and `reason`.
+    A tool that failed has `rc` and `error`; one that cannot do this has `rc` None and `reason`. `dtype` is for the other
+    tools: ours say by their name what they compute in.
     """
     tool, place = PEERS[peer], opened(lab)
-    asked = Job(job, steps, schedule, checkpointing, device=device)
+    asked = Job(job, steps, schedule, checkpointing, device=device, dtype=dtype)
     row: dict[str, Any] = _named(tool, place, job, threads) | {
         "asked_steps": steps,
         "cores": cores,

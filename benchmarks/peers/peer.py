@@ -28,7 +28,12 @@ class Job:
     max_length: int = 512
     batch: int = 4
     learning_rate: float = 2e-4
-    device: str = "cpu"  # or "gpu", in bf16
+    device: str = "cpu"  # or "gpu"
+    dtype: str = "float32"  # or "bfloat16": what another tool is asked to compute in
+
+    @property
+    def bf16(self) -> bool:
+        return self.dtype == "bfloat16"
 
     @property
     def targets(self) -> tuple[str, ...]:

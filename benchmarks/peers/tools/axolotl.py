@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.peers.lab import Lab
-from benchmarks.peers.peer import SEED, TORCH, Command, Job, Peer, write_config
+from benchmarks.peers.peer import SEED, TORCH, CannotError, Command, Job, Peer, write_config
 
 # Its exact pins less what this job never imports (xformers, modal, lm_eval ...), beside the torch of all tools here.
 PINS = (
@@ -20,6 +20,8 @@ BARE = (
 
 
 def _train(lab: Lab, job: Job) -> Command:
+    if job.bf16:
+        raise CannotError("no key that allows bf16 on a CPU, which its Trainer refuses without `use_cpu`")
     out = lab.out("axolotl", job.name)
     rows = {
         "path": str(lab.messages),
@@ -52,7 +54,7 @@ def _train(lab: Lab, job: Job) -> Command:
         "learning_rate": job.learning_rate,
         "warmup_steps": 0,
         "weight_decay": 0.0,
-        "bf16": False,
+        "bf16": job.bf16,
         "fp16": False,
         "tf32": False,
         "gradient_checkpointing": bool(job.checkpointing),

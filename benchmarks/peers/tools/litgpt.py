@@ -43,7 +43,7 @@ def _train(lab: Lab, job: Job) -> Command:
         "data.mask_prompt": "true",
         "data.prompt_style": "smollm2",
         "out_dir": str(lab.out("litgpt", job.name)),
-        "precision": "32-true",
+        "precision": "bf16-true" if job.bf16 else "32-true",
         "lora_r": str(job.rank),
         "lora_alpha": str(job.alpha),
         "lora_dropout": "0",

@@ -59,6 +59,8 @@ def _train(lab: Lab, job: Job) -> Command:
         "lr_scheduler_type": job.schedule,
         "max_steps": job.steps,
         "seed": SEED,
+        "use_cpu": job.device == "cpu",
+        "bf16": job.bf16,
         "disable_gradient_checkpointing": not job.checkpointing,
     }
     path = write_config(lab.made("llamafactory") / f"{job.name}.yaml", config)

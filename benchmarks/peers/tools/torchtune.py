@@ -93,7 +93,7 @@ def _train(lab: Lab, job: Job) -> Command:
         "log_every_n_steps": 1,
         "log_peak_memory_stats": False,
         "device": "cpu",
-        "dtype": "fp32",
+        "dtype": "bf16" if job.bf16 else "fp32",
         "enable_activation_checkpointing": bool(job.checkpointing),
         "enable_activation_offloading": False,
         "profiler": {"_component_": "torchtune.training.setup_torch_profiler", "enabled": False},

@@ -9,7 +9,7 @@ from benchmarks.peers.peer import SEED, TORCH, Command, Job, Peer, write_config
 def _train(lab: Lab, job: Job) -> Command:
     config = {
         "model_name_or_path": str(lab.base),
-        "dtype": "bfloat16" if job.device == "gpu" else "float32",
+        "dtype": job.dtype,
         "datasets": [{"path": "json", "data_files": str(lab.completions)}],
         "use_peft": True,
         "lora_r": job.rank,
@@ -28,7 +28,7 @@ def _train(lab: Lab, job: Job) -> Command:
         "report_to": "none",
         "output_dir": str(lab.out("trl", job.name)),
         "use_cpu": job.device == "cpu",
-        "bf16": job.device == "gpu",
+        "bf16": job.bf16,
     }
     if job.checkpointing is not None:  # else its own default, on
         config["gradient_checkpointing"] = job.checkpointing
