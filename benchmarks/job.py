@@ -1,12 +1,14 @@
 """The job that all tools do, in rounds: figures of each tool, who is best at what, and the tables.
 
-Round 1 measures every tool. Later rounds measure only ours and, for each paired column, the peer that was best in round 1,
-in turned order every other round, so that a busy machine is busy for all of them.
+Round 1 measures every tool, and some of them in other ways too. Later rounds measure only ours and, for each paired column,
+what was best in round 1, in turned order every other round, so that a busy machine is busy for all of them.
 """
 
 import json
+import shutil
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,13 @@ from benchmarks.results import Row
 
 KEYS = ("peer", "job", "variant")
 OURS = ("lora-recipes", "lora-recipes-float32")
-# What of another tool's training is asked for in another way, once more: of that only the training is measured.
+# Other ways to ask another tool: only its training is measured so, and where that may change the result its held-out loss.
 VARIANTS: dict[str, dict[str, Any]] = {"checkpointing": {"checkpointing": True}, "bf16": {"dtype": "bfloat16"}}
 LEAN = ("llamafactory", "swift")  # measured with checkpointing too, for their memory
 DROPPED = ("learning_rates", "commands", "threads_asked", "schedule")
 NO_FIGURE = "–"
 
-
-Way = tuple[str, str | None]  # a tool, and its variant; None: as its `Peer` says, in float32
+Way = tuple[str, str | None]  # a tool, and its variant; None: as its `Peer` says, the others in float32 on a CPU
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ def measure(options: Options, command: str) -> None:
         found["gpu"] = results.card()
     for number in range(1, options.rounds + 1):
         for job in options.jobs:
+            if number == 1 and not options.go_on:
+                found["rows"] = [row for row in found["rows"] if row["job"] != job or row["peer"] not in options.names]
             for way in order(options, found["rows"], job, number, _fast_at_bf16(found)):
                 if options.go_on and _there(found["rows"], way, job, number, options.steps):
                     continue
@@ -132,7 +135,10 @@ def measure(options: Options, command: str) -> None:
 
 def measure_again(options: Options, part: str, command: str) -> None:
     """A part of the rows that are there, such as their merges, anew; the trainings stay as they were measured."""
-    found, facts = results.read()[options.section], results.begun(command)
+    facts = results.begun(command)
+    found = results.kept_here(options.section, facts)
+    if not found:
+        raise SystemExit("nothing of the job was measured on this machine yet")
     for number in range(1, options.rounds + 1):
         for job in options.jobs:
             for name, variant in order(options, found["rows"], job, number):
@@ -159,7 +165,8 @@ def order(options: Options, rows: Sequence[Row], job: str, number: int, bf16: bo
         ways += [(name, "checkpointing") for name in others if name in LEAN]
         return ways + [(name, "bf16") for name in others if bf16]
     paired = [column for column in columns(options.device) if column.paired]
-    best = {(row["peer"], row["variant"]) for column in paired if (row := best_peer(rows, job, column))}
+    found = (best_peer(rows, job, column, float32) for column in paired for float32 in (False, True))
+    best = {(row["peer"], row["variant"]) for row in found if row and row["peer"] in options.names}
     ways = [(name, None) for name in options.names if _is_ours(name) or (name, None) in best]
     ways += sorted(way for way in best if way[1] is not None)
     return ways if number % 2 else ways[::-1]
@@ -170,19 +177,40 @@ def _fast_at_bf16(found: Row) -> bool:
 
 
 def one(options: Options, way: Way, job: str, with_help: bool) -> Row:
-    """Everything that is measured of one tool in one round; of a variant only the training."""
+    """Everything that is measured of one tool in one round; of a variant the training alone, and what it learnt in bf16."""
     name, variant = way
-    asked = VARIANTS[variant] if variant else {}
-    if options.device == "gpu":
-        asked = {"dtype": "bfloat16"}
+    parts = ["help"] * with_help + ["merge", "held_out"]
+    if variant is None:
+        asked = {"dtype": "bfloat16"} if options.device == "gpu" else {}
+        return _measured(options, way, job, asked, parts)
+    with _kept_aside(peers.opened(options.lab).out(name, job)):
+        return _measured(options, way, job, VARIANTS[variant], ["held_out"] if variant == "bf16" else [])
+
+
+def _measured(options: Options, way: Way, job: str, asked: dict[str, Any], parts: Sequence[str]) -> Row:
+    name, variant = way
     row = peers.measure(
         name, job, options.steps, options.lab, options.cores, cores=options.cores, device=options.device, **asked
     )
     row["variant"] = variant
-    if variant is None:
-        parts = (["help"] if with_help else []) + (["merge", "held_out"] if row["rc"] == 0 else [])
-        row |= {part: PARTS[part](options, name, job) for part in parts}
+    if row["rc"] == 0 and asked.get("dtype", row["dtype"]) != row["dtype"] and not _is_ours(name):
+        row |= {"rc": "dtype", "error": f"it computed in {row['dtype']}"}
+    row |= {part: PARTS[part](options, name, job) for part in parts if row["rc"] == 0 or part == "help"}
     return _told(row, options.lab)
+
+
+@contextmanager
+def _kept_aside(trained: Path) -> Iterator[None]:
+    """What a tool has trained is there again afterwards: `--again` merges it, and not what a variant has trained."""
+    aside = trained.with_name(f"{trained.name}.aside")
+    if trained.exists():
+        trained.rename(aside)
+    try:
+        yield
+    finally:
+        shutil.rmtree(trained, ignore_errors=True)
+        if aside.exists():
+            aside.rename(trained)
 
 
 def weights_of(base: Path) -> Row:
@@ -232,17 +260,27 @@ def grouped(rows: Sequence[Row], job: str) -> dict[Way, list[Row]]:
     return found
 
 
-def best_peer(rows: Sequence[Row], job: str, column: Column) -> Row | None:
-    """The row of the other tool that was best in round 1. A merge counts where it writes a model that loads."""
+def best_peer(rows: Sequence[Row], job: str, column: Column, float32: bool = False) -> Row | None:
+    """The row of the other tool, or its variant, that was best in round 1.
+
+    A merge counts where it writes a model that loads; what a user waits for is measured of no variant.
+
+    Args:
+        float32: of those that compute in it.
+    """
     of = _loadable if column.of is _MERGE_WALL else column.of
     others = [row for row in rows if row["job"] == job and row["round"] == 1 and not _is_ours(row["peer"])]
     others = [row for row in others if row["rc"] == 0 and of(row) is not None]
+    if column in WAITING:
+        others = [row for row in others if row["variant"] is None]
+    if float32:
+        others = [row for row in others if row["variant"] != "bf16"]
     return column.best(others, key=of) if others and column.best else None
 
 
 def ratios(rows: Sequence[Row], job: str, column: Column, name: str) -> list[float]:
-    """Ours over the best peer's, of every round that has both."""
-    best = best_peer(rows, job, column)
+    """Ours over the best peer's, of every round that has both; our float32 is held against theirs."""
+    best = best_peer(rows, job, column, float32=name == OURS[1])
     if best is None:
         return []
     theirs = {row["round"]: column.of(row) for row in grouped(rows, job)[best["peer"], best["variant"]]}
@@ -321,16 +359,20 @@ def _comparison(rows: Sequence[Row], job: str, device: str) -> list[str]:
     ours = [name for name in OURS if any(row["peer"] == name and row["job"] == job for row in rows)]
     body = []
     for column in columns(device):
-        best = best_peer(rows, job, column)
-        if best is None or not column.best:
-            continue
-        cells = [column.head, _named(best)]
+        cells = [column.head]
         for name in ours:
-            found = ratios(rows, job, column, name)
+            best, found = best_peer(rows, job, column, float32=name == OURS[1]), ratios(rows, job, column, name)
             spread = f" ({min(found):.2f}–{max(found):.2f})" if len(found) > 1 else ""
-            cells.append(f"{statistics.median(found):.2f}{spread}" if found else NO_FIGURE)
-        body.append(cells)
-    return results.table(["figure", "best peer", *(f"`{name}` / it" for name in ours)], body, 2) if body else []
+            cells += [
+                _named(best) if best else NO_FIGURE,
+                f"{statistics.median(found):.2f}{spread}" if found else NO_FIGURE,
+            ]
+        if column.best and any(cell != NO_FIGURE for cell in cells[1:]):
+            body.append(cells)
+    heads = ["figure"]
+    for name in ours:
+        heads += [f"best peer{' in float32' if name == OURS[1] else ''}", f"`{name}` / it"]
+    return results.table(heads, body, 2) if body else []
 
 
 def _notes(rows: Sequence[Row]) -> Iterator[str]:

@@ -5,7 +5,8 @@
     .venv/bin/python -m benchmarks.suite job --steps 10 --rounds 1 --only-peers lora-recipes trl
 
 Sections: job (LoRA of SmolLM2-135M by every tool), latency, data, merge, memory, scaling. Each replaces its own figures
-and leaves the others' alone. A job that broke off goes on with --go-on. Without --with-peers the others' rows are kept.
+and leaves the others' alone. A job that broke off goes on with --go-on. Without --with-peers the others' rows are kept
+where they were measured on this machine.
 """
 
 import argparse

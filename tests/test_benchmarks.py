@@ -61,9 +61,33 @@ def test_where_the_cpu_is_fast_at_bf16_the_other_tools_are_asked_for_it_too_and_
     options = job.Options(Path(), ["lora-recipes", "axolotl", "trl"])
     assert job.order(options, [], "qv", 1, bf16=True)[-2:] == [("axolotl", "bf16"), ("trl", "bf16")]
     rows = [row("lora-recipes", rate=60), row("axolotl", rate=20), row("axolotl", variant="bf16", rate=30)]
-    assert job.order(options, rows, "qv", 3) == [("lora-recipes", None), ("axolotl", "bf16")]
+    assert job.order(options, rows, "qv", 3) == [("lora-recipes", None), ("axolotl", None), ("axolotl", "bf16")]
+    alone = job.Options(Path(), ["lora-recipes"])
+    assert job.order(alone, rows, "qv", 3) == [("lora-recipes", None)]
     assert job.ratios(rows, "qv", job.REAL, "lora-recipes") == [2.0]
     assert "| real tokens / CPU s | axolotl, bf16 | 2.00 |" in job._comparison(rows, "qv", "cpu")
+
+
+def test_our_float32_is_held_against_the_best_that_computes_in_it():
+    rows = [row("axolotl", rate=20), row("axolotl", variant="bf16", rate=30), row("lora-recipes-float32", rate=40)]
+    assert job.ratios(rows, "qv", job.REAL, "lora-recipes-float32") == [2.0]
+
+
+def test_a_variant_leaves_what_the_tool_has_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trained = tmp_path / "out" / "trl-qv"
+    trained.mkdir(parents=True)
+    (trained / "adapter").touch()
+    lab = job.peers.Lab(tmp_path)
+
+    def measure(*_: Any, dtype: str, **__: Any) -> dict[str, Any]:
+        trained.mkdir()
+        return row("trl", dtype="float32")
+
+    monkeypatch.setattr(job.peers, "opened", lambda _: lab)
+    monkeypatch.setattr(job.peers, "measure", measure)
+    found = job.one(job.Options(tmp_path, ["trl"]), ("trl", "bf16"), "qv", False)
+    assert found["variant"] == "bf16" and found["error"] == "it computed in float32"
+    assert [file.name for file in trained.iterdir()] == ["adapter"]
 
 
 def test_a_merge_is_compared_where_it_writes_a_model_that_loads():
@@ -81,6 +105,7 @@ def test_a_part_of_the_rows_is_measured_again_and_nothing_is_trained(tmp_path: P
     file, read, keep = tmp_path / "results.json", results.read, results.keep
     monkeypatch.setattr(results, "read", lambda file=file: read(file))
     monkeypatch.setattr(results, "keep", lambda section, found: keep(section, found, file))
+    monkeypatch.setattr(results, "kept_here", lambda section, facts: read(file).get(section, {}))
     monkeypatch.setattr(job.peers, "measure_merge", lambda *_: {"rc": 0, "wall": 1.0, "loadable": True})
     rows = [row(peer, merge={"rc": 0, "wall": 4.0, "loadable": True}) for peer in ("lora-recipes", "axolotl")]
     results.keep("job", {"rows": [*rows, row("trl")], "machine": {}})

@@ -51,11 +51,11 @@ def measure(
         "checkpointing": tool.checkpointing if checkpointing is None else checkpointing,
         "differs": tool.differs,
     }
-    shutil.rmtree(place.out(peer, job), ignore_errors=True)
     try:
         if device == "gpu" and not tool.gpu:
             raise CannotError("measured on CPUs only")
         command = tool.train(place, asked)
+        shutil.rmtree(place.out(peer, job), ignore_errors=True)
         if device == "gpu":
             cards = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
             command = replace(command, environment={**command.environment, **cards})

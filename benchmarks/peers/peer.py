@@ -29,7 +29,7 @@ class Job:
     batch: int = 4
     learning_rate: float = 2e-4
     device: str = "cpu"  # or "gpu"
-    dtype: str = "float32"  # or "bfloat16": what another tool is asked to compute in
+    dtype: str = "float32"  # or "bfloat16": what another tool is asked for; ours go by name, and by device
 
     @property
     def bf16(self) -> bool:

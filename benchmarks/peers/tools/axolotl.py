@@ -54,7 +54,7 @@ def _train(lab: Lab, job: Job) -> Command:
         "learning_rate": job.learning_rate,
         "warmup_steps": 0,
         "weight_decay": 0.0,
-        "bf16": job.bf16,
+        "bf16": False,
         "fp16": False,
         "tf32": False,
         "gradient_checkpointing": bool(job.checkpointing),
