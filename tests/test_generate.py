@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_recipes.cli import main
 from lora_recipes.data.load import load_data
 from lora_recipes.data.questions import DialogueForm, dialogue_form
-from lora_recipes.errors import EXIT_REFUSED, EXIT_USER, MachineError
+from lora_recipes.errors import EXIT_REFUSED, EXIT_USER, MachineError, RunError
 from lora_recipes.generate import generate
 from lora_recipes.merge import merge
 from lora_recipes.model.answer import answer, generation_config
@@ -456,3 +456,15 @@ def test_nothing_is_served_before_it_is_merged(write_recipe: Callable[..., Path]
     trained(path)
     assert main(["generate", str(path), "--served"]) == 2
     assert f"lora-recipes merge {path}" in capsys.readouterr().err
+
+
+def test_a_share_that_was_trained_on_is_not_scored(write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture):
+    path = write_recipe(dataset={"eval_split": 0.2})
+    assert launch(str(path), []) == 0
+    assert main(["generate", str(path), "training.seed=7"]) == 2
+    assert "rows that were trained on would be asked" in capsys.readouterr().err
+
+
+def test_generate_needs_a_trained_adapter(write_recipe: Callable[..., Path]):
+    with pytest.raises(RunError, match=r"accelerate launch run\.py"):
+        RunDir.of("tiny").require_adapter(write_recipe())

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from lora_recipes.cli import main
 from lora_recipes.recipe import Recipe, load_recipe
+from tests.data_room.rows import Seen
 
 
 @pytest.fixture(autouse=True)
@@ -26,3 +28,32 @@ def recipe_on(write_recipe: Callable[..., Path], workdir: Path) -> Callable[...,
         return load_recipe(write_recipe(dataset=keys, training=training))
 
     return build
+
+
+@pytest.fixture
+def recipe_of(write_recipe: Callable[..., Path], workdir: Path) -> Callable[..., Recipe]:
+    """A recipe on one file with the given bytes; keywords are `dataset` keys."""
+
+    def build(
+        content: bytes, name: str = "rows.jsonl", training: dict[str, Any] | None = None, **dataset: Any
+    ) -> Recipe:
+        (workdir / name).write_bytes(content)
+        keys = {"data_files": {"train": name}, "eval_split": None, **dataset}
+        return load_recipe(write_recipe(dataset=keys, training=training or {}))
+
+    return build
+
+
+@pytest.fixture
+def audit(capsys: pytest.CaptureFixture[str]) -> Callable[[Recipe], Seen]:
+    def run(recipe: Recipe) -> Seen:
+        capsys.readouterr()
+        code = main(["audit", str(recipe.path), "--json"])
+        report = json.loads(capsys.readouterr().out)
+        if "error" in report:
+            assert report["error"]["exit_code"] == code
+            return Seen(code, report, report["error"]["message"])
+        assert (code == 2) == bool(report["problems"])
+        return Seen(code, report, "\n".join(problem["text"] for problem in report["problems"]))
+
+    return run

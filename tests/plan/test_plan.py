@@ -65,7 +65,7 @@ def test_4bit_weights_take_the_bytes_that_were_planned(write_recipe: Callable[..
 
 
 def test_adapter_bytes_are_those_of_the_real_adapter(write_recipe: Callable[..., Path]):
-    from tests.train.test_training import make_trainer
+    from tests.train.runs import make_trainer
 
     path = write_recipe()
     found = of(path)
@@ -79,7 +79,7 @@ def test_adapter_bytes_are_those_of_the_real_adapter(write_recipe: Callable[...,
 def test_optimizer_states_take_the_bytes_that_were_planned(write_recipe: Callable[..., Path], name: str):
     from torch.utils._pytree import tree_leaves
 
-    from tests.train.test_training import make_trainer
+    from tests.train.runs import make_trainer
 
     trainer = make_trainer(write_recipe(training={"optim": name}), "lora.r=32")
     trainer.train()
@@ -280,7 +280,7 @@ def test_a_recipe_for_the_cpu_is_planned_for_it(write_recipe: Callable[..., Path
 
 
 def test_lora_fa_is_planned_with_half_the_weights(write_recipe: Callable[..., Path]):
-    from tests.train.test_training import make_trainer
+    from tests.train.runs import make_trainer
 
     path = write_recipe(training={"lorafa": True})
     found = plan(load_recipe(path), advise=False)

@@ -89,7 +89,7 @@ class Maker:
 # -- base models ------------------------------------------------------------------------------------------------------
 
 
-def _index(maker: Maker, name: str, shard: str) -> Path:
+def indexed(maker: Maker, name: str, shard: str) -> Path:
     folder = maker.model(name)
     (folder / "model.safetensors").rename(folder / "real.safetensors")
     from lora_recipes.model.weights import header_of
@@ -99,7 +99,7 @@ def _index(maker: Maker, name: str, shard: str) -> Path:
     return folder
 
 
-def _pickles(maker: Maker, name: str) -> Path:
+def pickles(maker: Maker, name: str) -> Path:
     folder = maker.model(name, pytorch_model__bin=maker.pickled())
     (folder / "model.safetensors").unlink()
     return folder
@@ -119,14 +119,14 @@ def _linked(maker: Maker, name: str, file: str) -> Path:
     return folder
 
 
-def _linked_shard(maker: Maker, name: str) -> Path:
-    folder = _index(maker, name, "shard.safetensors")
+def linked_shard(maker: Maker, name: str) -> Path:
+    folder = indexed(maker, name, "shard.safetensors")
     (folder / "real.safetensors").rename(maker.folder / "elsewhere.safetensors")
     (folder / "shard.safetensors").symlink_to("../elsewhere.safetensors")
     return folder
 
 
-def _torn(maker: Maker, name: str) -> Path:
+def torn(maker: Maker, name: str) -> Path:
     folder = maker.model(name)
     raw = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(raw[: len(raw) // 2])
@@ -148,7 +148,7 @@ def _tokenizer_code(maker: Maker, name: str) -> Path:
 
 
 MODELS: dict[str, Callable[[Maker, str], Path]] = {
-    "pickled weights": _pickles,
+    "pickled weights": pickles,
     "pickled shards": _pickle_shards,
     "code for an unknown type": lambda maker, name: maker.model(
         name,
@@ -169,14 +169,14 @@ MODELS: dict[str, Callable[[Maker, str], Path]] = {
     "kernel of a part": lambda maker, name: maker.model(name, {"attn_implementation": {"text_config": "evil/kernel"}}),
     "kernel of experts": lambda maker, name: maker.model(name, {"_experts_implementation": "evil/kernel"}),
     "kernels asked for": lambda maker, name: maker.model(name, {"use_kernels": True}),
-    "index leads up": lambda maker, name: _index(maker, name, f"../{maker.tiny.name}/model.safetensors"),
-    "index leads up inside": lambda maker, name: _index(maker, name, "sub/../../x.safetensors"),
-    "index is absolute": lambda maker, name: _index(maker, name, str(maker.tiny / "model.safetensors")),
-    "index names a link": _linked_shard,
-    "index names nothing": lambda maker, name: _index(maker, name, "gone.safetensors"),
+    "index leads up": lambda maker, name: indexed(maker, name, f"../{maker.tiny.name}/model.safetensors"),
+    "index leads up inside": lambda maker, name: indexed(maker, name, "sub/../../x.safetensors"),
+    "index is absolute": lambda maker, name: indexed(maker, name, str(maker.tiny / "model.safetensors")),
+    "index names a link": linked_shard,
+    "index names nothing": lambda maker, name: indexed(maker, name, "gone.safetensors"),
     "weights are a link": lambda maker, name: _linked(maker, name, "model.safetensors"),
     "config is a link": lambda maker, name: _linked(maker, name, "config.json"),
-    "weights are torn": _torn,
+    "weights are torn": torn,
     "header without end": lambda maker, name: maker.model(name, model__safetensors=b"\xff" * 8 + b"{}"),
     "header is no mapping": lambda maker, name: maker.model(name, model__safetensors=(2).to_bytes(8, "little") + b"[]"),
     "layers without end": lambda maker, name: maker.model(name, {"num_hidden_layers": 10**9}),

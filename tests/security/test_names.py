@@ -15,11 +15,6 @@ from tests.security.hostile import Maker
 LONG = "a" * 5000
 
 
-@pytest.fixture
-def maker(workdir: Path, tiny_model: Path, tiny_data: dict[str, str]) -> Maker:
-    return Maker(workdir, tiny_model, tiny_data)
-
-
 def audited(path: Path) -> int:
     return cli.main(["audit", str(path)])
 

@@ -21,13 +21,8 @@ from lora_recipes.model.safe import require_safe_config, require_safe_tokenizer
 from lora_recipes.model.source import locate
 from lora_recipes.model.weights import require_own_files
 from lora_recipes.recipe import load_recipe
-from tests.data_room.test_chat_templates import own_masker
+from tests.data_room.conversations import own_masker
 from tests.security.hostile import OPEN, SAID, Maker
-
-
-@pytest.fixture
-def maker(workdir: Path, tiny_model: Path, tiny_data: dict[str, str]) -> Maker:
-    return Maker(workdir, tiny_model, tiny_data)
 
 
 def loaded(recipe: Path, **more: Any) -> Any:

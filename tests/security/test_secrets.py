@@ -31,7 +31,7 @@ assert not reached, reached
 
 
 def environment(folder: Path) -> dict[str, str]:
-    secrets = {"SERVICE_TOKEN": IN_ENVIRONMENT, "OTHER_API_KEY": f"{IN_ENVIRONMENT}-2", "HF_TOKEN": "hf_" + "e" * 34}
+    secrets = {"SERVICE_TOKEN": IN_ENVIRONMENT, "OTHERAPIKEY": f"{IN_ENVIRONMENT}-2", "HF_TOKEN": "hf_" + "e" * 34}
     inherited = {
         name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"
     }  # it could reach the hub

@@ -1,4 +1,4 @@
-"""What tests do to the checkpoints of a run, and what they compare."""
+"""A trainer without its run, what tests do to the checkpoints of a run, and what they compare."""
 
 import hashlib
 import json
@@ -9,9 +9,25 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from lora_recipes.data.load import load_data
+from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer
+from lora_recipes.model.machine import choose
+from lora_recipes.model.source import locate
+from lora_recipes.recipe import load_recipe
 from lora_recipes.run_dir import RunDir, file_sha256, read_json, read_jsonl, write_json
+from lora_recipes.train.trainer import RecipeTrainer, build_trainer, training_arguments
 
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
+
+
+def make_trainer(path: Path, *overrides: str) -> RecipeTrainer:
+    recipe = load_recipe(path, overrides)
+    source, choices = locate(recipe), choose(recipe)
+    tokenizer = load_tokenizer(recipe, source)
+    data = load_data(recipe, tokenizer, set(end_token_ids(recipe, source, tokenizer)))
+    base = load_base(recipe, source, choices)
+    args = training_arguments(choices.training, RunDir.of(recipe.name))
+    return build_trainer(recipe, args, choices, base, tokenizer, data, [])
 
 
 def cut_off(run_dir: RunDir, *, after: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerState
 
 from lora_recipes.errors import MachineError, RefusedError
 from lora_recipes.run_dir import RunDir, read_json, write_json
 from lora_recipes.train import checkpoints, launch
 from lora_recipes.train.checkpoints import newest_whole, numbered, publish_checkpoint, retain, why_broken
+from lora_recipes.train.session import _require_state
 from tests.conftest import ROOT
 from tests.security.hostile import Evil
 from tests.train.runs import EVERY_STEP, cut_off, reseal
@@ -364,3 +367,25 @@ def test_a_last_step_that_was_brought_forward_is_not_passed_by_one(write_recipe:
     cut_off(run_dir, after=2)
     assert launch(str(path), ["training.max_steps=2"], accepted=("training.max_steps",)) == 0
     assert read_json(run_dir.status)["step"] == 2 and numbered(run_dir.checkpoints)[0][0] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"global_step": "x"}, "`global_step` is 'x'"),
+        ({"global_step": 2}, "`global_step` is 2, so it is the state of another step"),
+        ({"max_steps": "x"}, "`max_steps` is 'x'"),
+        ({"log_history": 5}, "`log_history` is '5'"),
+        ({"nobody": 1}, "holds what no transformers.TrainerState does"),
+    ],
+)
+def test_a_state_that_is_not_the_checkpoints_is_refused(tmp_path: Path, change: dict[str, Any], said: str):
+    """Its sums may be right: whoever changes a file can write them anew."""
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    TrainerState(global_step=3, max_steps=4).save_to_json(str(folder / "trainer_state.json"))
+    _require_state(folder)
+    state = read_json(folder / "trainer_state.json")
+    write_json(folder / "trainer_state.json", state | change)
+    with pytest.raises(RefusedError, match=re.escape(said)):
+        _require_state(folder)

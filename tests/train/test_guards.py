@@ -15,7 +15,7 @@ from lora_recipes.run_dir import RunDir, read_json, read_jsonl
 from lora_recipes.train import launch
 from lora_recipes.train.guards import MOST_SKIPPED
 from lora_recipes.train.trainer import RecipeTrainer
-from tests.train.test_training import make_trainer
+from tests.train.runs import make_trainer
 
 POISON = "~~~~"  # in one row only
 

@@ -24,7 +24,7 @@ from lora_recipes.run_dir import RunDir, read_json
 from lora_recipes.status import status
 from lora_recipes.train import launch
 from tests.conftest import NF4, ROOT
-from tests.train.test_training import make_trainer
+from tests.train.runs import make_trainer
 
 WHOLE = {"model": {"dtype": "float32"}}
 FIRST_WEIGHTS: dict[str, dict[str, Any]] = {

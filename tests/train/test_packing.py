@@ -12,7 +12,7 @@ from lora_recipes.errors import RecipeError
 from lora_recipes.recipe import load_recipe
 from lora_recipes.train.session import _refuse_leaking_packing
 from tests.conftest import ROOT
-from tests.train.test_training import make_trainer
+from tests.train.runs import make_trainer
 
 DOCUMENTS = [list(range(3, 43)), list(range(60, 90)), list(range(100, 140))]
 

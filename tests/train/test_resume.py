@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lora_recipes.cli import main
 from lora_recipes.run_dir import RunDir, read_json, read_jsonl, write_json
 from lora_recipes.train import launch
-from tests.train.runs import EVERY_STEP, cut_off, digest, metrics
+from tests.train.runs import EVERY_STEP, cut_off, digest, metrics, reseal
 
 DROPOUT = {"lora": {"lora_dropout": 0.2}}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
@@ -90,6 +91,8 @@ CHANGES = {
     "training.learning_rate": ("training.learning_rate=1e-3", True),
     "training.max_steps": ("training.max_steps=5", True),
     "training.gradient_accumulation_steps": ("training.gradient_accumulation_steps=2", True),
+    "training.seed": ("training.seed=7", True),
+    "dataset.split": ("dataset.split=train[:8]", True),
     "lora.r": ("lora.r=2", False),
     "model.dtype": ("model.dtype=float32", False),
 }
@@ -108,6 +111,7 @@ def cut(write_recipe: Callable[..., Path]) -> Path:
 def test_another_setting_is_refused_with_the_difference_and_may_be_accepted_where_weights_still_fit(
     cut: Path, capsys: pytest.CaptureFixture
 ):
+    kept = RunDir.of("tiny").recipe.read_text()
     for key, (word, acceptable) in CHANGES.items():
         assert launch(str(cut), [word]) == 2
         said = capsys.readouterr().err
@@ -116,6 +120,7 @@ def test_another_setting_is_refused_with_the_difference_and_may_be_accepted_wher
         if not acceptable:
             assert launch(str(cut), [word], accepted=(key,)) == 2
             assert "can not change within a run" in capsys.readouterr().err
+        assert RunDir.of("tiny").recipe.read_text() == kept
     words = [CHANGES[key][0] for key in ("training.learning_rate", "training.max_steps")]
     assert launch(str(cut), words, accepted=("training.learning_rate",)) == 2  # one of two
     both = ("training.learning_rate", "training.max_steps")
@@ -151,7 +156,8 @@ def test_another_machine_template_or_base_is_refused(name: str, cut: Path, capsy
     assert launch(str(cut), [], accepted=(name,)) == (4 if code == 4 else 0)
 
 
-def test_changed_data_may_be_accepted(write_recipe: Callable[..., Path], tiny_data: dict, workdir: Path):
+@pytest.mark.promise("F13")
+def test_changed_data_is_refused_and_may_be_accepted(write_recipe: Callable[..., Path], tiny_data: dict, workdir: Path):
     shutil.copy(tiny_data["train"], workdir / "mine.jsonl")
     dataset = {"data_files": {"train": "mine.jsonl"}, "eval_split": None}
     path = write_recipe(dataset=dataset, training=EVERY_STEP)
@@ -194,3 +200,105 @@ def test_the_old_setting_names_what_happens_now(write_recipe: Callable[..., Path
     assert main(["check", str(write_recipe(training={"resume_from_checkpoint": True})), "--json"]) == 2
     problems = json.loads(capsys.readouterr().out)["problems"]
     assert "the same launch command goes on by itself" in problems[0]["message"] + str(problems[0]["hint"])
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["cached", "streamed"])
+def test_a_run_that_died_in_a_save_publishes_the_adapter_of_the_run_that_did_not(
+    write_recipe: Callable[..., Path], streaming: bool
+):
+    keys = {
+        "dataset": {"streaming": streaming},
+        "training": {"max_steps": 4, "save_strategy": "steps", "save_steps": 2},
+    }
+    whole = write_recipe("whole", **keys)
+    assert launch(str(whole), []) == 0
+    torn = write_recipe("torn", **keys)
+    assert launch(str(torn), []) == 0
+    run_dir = RunDir.of("torn")
+    # As if killed in step 4, half way through writing its checkpoint.
+    for file in run_dir.adapter.iterdir():
+        file.unlink()
+    run_dir.adapter.rmdir()
+    (run_dir.checkpoints / "checkpoint-4" / "trainer_state.json").unlink()
+
+    assert launch(str(torn), []) == 0
+    weights = [RunDir.of(name).adapter / "adapter_model.safetensors" for name in ("whole", "torn")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_stream_is_not_resumed_in_its_second_pass(write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture):
+    """The 24 rows are one pass of 6 steps; where a later pass stands is not in a checkpoint."""
+    path = write_recipe(
+        dataset={"streaming": True}, training={"max_steps": 10, "save_strategy": "steps", "save_steps": 8}
+    )
+    assert launch(str(path), []) == 0
+    cut_off(RunDir.of("tiny"))
+    shutil.rmtree(RunDir.of("tiny").checkpoints / "checkpoint-10")
+    assert launch(str(path), []) == 2
+    assert "second pass" in capsys.readouterr().err
+
+
+@pytest.mark.promise("F12", "C5")
+def test_a_last_step_that_was_saved_is_published_without_training_more(write_recipe: Callable[..., Path]):
+    path = write_recipe(training={"save_strategy": "steps", "save_steps": 3})
+    assert launch(str(path), []) == 0
+    run_dir = RunDir.of("tiny")
+    weights = (run_dir.adapter / "adapter_model.safetensors").read_bytes()
+    cut_off(run_dir)
+    assert launch(str(path), []) == 0
+    assert (run_dir.adapter / "adapter_model.safetensors").read_bytes() == weights
+    assert read_json(run_dir.status)["step"] == 3
+
+
+def test_resuming_with_another_file_under_a_pattern_is_refused(
+    write_recipe: Callable[..., Path], tiny_data: dict, workdir: Path, capsys: pytest.CaptureFixture
+):
+    shutil.copy(tiny_data["train"], workdir / "part-1.jsonl")
+    dataset = {"data_files": {"train": "part-*.jsonl"}, "eval_split": None}
+    path = write_recipe(dataset=dataset, training=EVERY_STEP)
+    assert launch(str(path), []) == 0
+    cut_off(RunDir.of("tiny"))
+    shutil.copy(tiny_data["heldout"], workdir / "part-2.jsonl")
+    assert launch(str(path), []) == 2
+    assert "part-2.jsonl: the file is new" in capsys.readouterr().err
+
+
+def test_resuming_with_another_template_of_the_model_is_refused(
+    write_recipe: Callable[..., Path], tiny_model: Path, workdir: Path, capsys: pytest.CaptureFixture
+):
+    shutil.copytree(tiny_model, workdir / "m")
+    keys = {"model": {"pretrained_model_name_or_path": "m"}, "training": EVERY_STEP}
+    path = write_recipe(**keys)
+    assert launch(str(path), []) == 0
+    cut_off(RunDir.of("tiny"))
+    template = workdir / "m" / "chat_template.jinja"
+    template.write_text("{# changed #}" + template.read_text())
+    assert launch(str(path), []) == 2
+    assert "template: the chat template has changed" in capsys.readouterr().err
+
+
+@pytest.mark.promise("C3")
+def test_a_checkpoint_without_optimizer_or_with_nan_is_not_resumed(
+    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture
+):
+    path = write_recipe(training={"max_steps": 4, **EVERY_STEP})
+    assert launch(str(path), []) == 0
+    run_dir = RunDir.of("tiny")
+    expected = (run_dir.adapter / "adapter_model.safetensors").read_bytes()
+    cut_off(run_dir)
+    (run_dir.checkpoints / "checkpoint-4" / "optimizer.pt").unlink()
+    weights = run_dir.checkpoints / "checkpoint-3" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors[sorted(tensors)[0]][0, 0] = float("nan")
+    save_file(tensors, weights, {"format": "pt"})
+    reseal(run_dir.checkpoints / "checkpoint-3")
+    state = run_dir.checkpoints / "checkpoint-2" / "trainer_state.json"
+    write_json(state, read_json(state) | {"global_step": 1})
+    reseal(run_dir.checkpoints / "checkpoint-2")
+    capsys.readouterr()
+    assert launch(str(path), []) == 0
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "optimizer.pt is gone" in shown and "holds NaN or infinity" in shown
+    assert "`global_step` is 1, so it is the state of another step" in shown
+    assert "Going on from outputs/tiny/checkpoints/checkpoint-1" in shown
+    assert (run_dir.adapter / "adapter_model.safetensors").read_bytes() == expected

@@ -18,7 +18,7 @@ from lora_recipes.run_dir import RunDir, read_json, read_jsonl
 from lora_recipes.train import launch, trainer
 from lora_recipes.train.trainer import RecipeTrainer
 from tests.conftest import NF4
-from tests.train.test_training import make_trainer
+from tests.train.runs import make_trainer
 
 Step = tuple[float, dict[str, torch.Tensor], dict[str, Any]]
 
