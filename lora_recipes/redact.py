@@ -28,7 +28,7 @@ SECRETS = {
 }
 ANY_SECRET = re.compile("|".join(SECRETS.values()))
 # Environment variables whose values are secrets by their very name.
-SECRET_VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD)$", re.IGNORECASE)
+SECRET_VARIABLE = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD)$", re.IGNORECASE)
 SHORTEST = 8  # characters; a shorter value is found in any text
 GONE = "…"
 
