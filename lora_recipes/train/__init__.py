@@ -12,6 +12,7 @@ from lora_recipes import process
 from lora_recipes.errors import (
     EXIT_BUG,
     EXIT_DONE,
+    EXIT_MACHINE,
     EXIT_PREEMPTED,
     LoraRecipesError,
     Preempted,
@@ -163,6 +164,11 @@ class _Begun:
         """Whether a run was begun, or went on."""
         return self.ready is not None and self.ready.opened
 
+    @property
+    def met(self) -> bool:
+        """Whether all ranks have come together, so none was refused."""
+        return self.ready is not None and self.ready.met
+
     def told_since(self) -> dict[str, Any]:
         """What status.json says, where another process has written it since this launch."""
         if self.recipe is None or self.ready is None or _written_at(self.recipe) == self.before:
@@ -180,6 +186,8 @@ def _failed(begun: _Begun, error: Exception, *, debug: bool) -> int:
         told = begun.told_since()
         if told.get("state") == "preempted":
             return _preempted(_Begun(), Preempted(told["reason"]))
+        if told.get("state") == "failed":
+            return _ended(told["exit_code"], told["reason"], left_alone=True)
     known = known or machine_fault(error) or _rank_lost(error)
     if isinstance(known, RankLost) and begun.opened:
         told = begun.told_since()
@@ -191,9 +199,14 @@ def _failed(begun: _Begun, error: Exception, *, debug: bool) -> int:
     if debug:
         traceback.print_exc()
     rank = os.environ.get("RANK", "0")
-    if rank == "0" or begun.opened:
+    alone = (
+        rank != "0" and not begun.opened and begun.met and known.exit_code == EXIT_MACHINE
+    )  # perhaps on this rank only
+    if rank == "0" or begun.opened or alone:
         console.error(str(known) if rank == "0" else f"[rank {rank}] {known}")
     _record_failure(begun, known.exit_code, str(known))
+    if alone and begun.recipe is not None:  # the main process will only hear that it must end
+        _record_end(begun.recipe, known.exit_code, f"[rank {rank}] {known}")
     return _ended(known.exit_code, str(known), left_alone=isinstance(known, RankLost))
 
 
@@ -215,13 +228,18 @@ def _ended(exit_code: int, message: str, *, left_alone: bool = False) -> int:
 
 
 def _preempted(begun: _Begun, stopped: Preempted) -> int:
-    """Say that the run was stopped. Before the first step each rank writes it down, since it may be the only one to know."""
+    """Say that the run was stopped. Before the first step each rank writes it down, since it may be the only one to know;
+    unless the main process may still refuse, for instance because another run has the folder."""
     from lora_recipes import console
 
     main = os.environ.get("RANK", "0") == "0"
+    if (
+        main and not begun.opened and (told := begun.told_since()).get("state") == "failed"
+    ):  # another rank, which ended this one
+        return _ended(told["exit_code"], told["reason"])
     if main:
         console.say(str(stopped), "yellow")
-    if begun.recipe is not None and begun.ready is not None and (main or not begun.opened):
+    if begun.recipe is not None and begun.ready is not None and (main or (begun.met and not begun.opened)):
         _record_end(begun.recipe, EXIT_PREEMPTED, str(stopped))
     return _ended(EXIT_PREEMPTED, str(stopped))
 

@@ -4,9 +4,11 @@ import os
 import re
 from collections.abc import Collection
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 from lora_recipes.errors import RefusedError, RunError
+from lora_recipes.launch import sharding
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import RunDir, read_json
 from lora_recipes.trained import RUN_KEYS, changed_keys
@@ -18,12 +20,15 @@ FREE = re.compile(
     r"|project|trackio_.*|disable_tqdm|log_.*)"
 )
 DTYPES = {"training.bf16", "training.fp16", "training.use_cpu"}
-BOUND = re.compile(r"(model|quantization|lora)\..*")  # what the weights in a checkpoint fit
+BOUND = re.compile(r"(model|quantization|lora)\..*|launch")  # what a checkpoint fits, weights and optimizer
 
 
 def library_versions() -> dict[str, str]:
     """Of the libraries whose code decides what is learnt."""
-    return {name: version(name) for name in LIBRARIES}
+    found = {name: version(name) for name in LIBRARIES}
+    if find_spec("deepspeed"):
+        found["deepspeed"] = version("deepspeed")
+    return found
 
 
 def world_size() -> int:
@@ -62,6 +67,9 @@ def require_same_run(
     ranks = manifest.get("world_size", world_size())
     if ranks != world_size():
         found["world_size"] = f"world_size: {ranks} processes then, {world_size()} now"
+    before, now = sharding(manifest.get("launch", {}).get("environment", os.environ)), sharding(os.environ)
+    if before != now:
+        found["launch"] = f"launch: {before} then, {now} now"
     if not DTYPES & found.keys():  # else the recipe says so itself
         found |= _of_types(manifest.get("chosen", {}), chosen)
     return _settled(recipe, run_dir, found | of_versions(manifest), accepted)

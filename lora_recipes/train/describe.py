@@ -55,7 +55,10 @@ def _parameters(trainer: RecipeTrainer) -> tuple[int, int]:
     """(trainable, all); PEFT also counts what lies packed in a 4-bit weight."""
     if hasattr(trainer.model, "get_nb_trainable_parameters"):
         return trainer.model.get_nb_trainable_parameters()
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
+    sizes = [  # of ZeRO-3 a process holds parts, beside the number of the whole
+        (getattr(parameter, "ds_numel", parameter.numel()), parameter.requires_grad)
+        for parameter in trainer.model.parameters()
+    ]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 

@@ -62,7 +62,7 @@ class GuardedTrainer(SavingTrainer):
     def require_finite(self) -> None:
         """Raises RefusedError, on all ranks, when a trained weight is not finite."""
         trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
-        flags = torch.stack([finite(_local(weight)) for weight in trained.values()])
+        flags = torch.stack([finite(_local(weight)).to(self.args.device) for weight in trained.values()])
         if self.any_rank(~flags.all()):
             broken = [name for name, good in zip(trained, flags.tolist(), strict=True) if not good]
             named = f": {broken[0]} and {len(broken) - 1} more" if broken else ""
@@ -108,4 +108,6 @@ class GuardedTrainer(SavingTrainer):
 
 def _local(weight: torch.Tensor) -> torch.Tensor:
     """What of a weight this rank holds; all of it where weights are not sharded."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
+    if isinstance(weight, DTensor):
+        return weight.to_local()
+    return getattr(weight, "ds_tensor", weight)  # of ZeRO-3, where the weight itself is empty between two uses

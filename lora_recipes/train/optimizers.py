@@ -50,7 +50,7 @@ def adapter_optimizer(trainer: Trainer, model: PeftModel, settings: Mapping[str,
         return optimizer
     optimizer_class, keywords = trainer.get_optimizer_cls_and_kwargs(args, model)
     embedding = settings.get("loraplus_lr_embedding")
-    return create_loraplus_optimizer(
+    optimizer = create_loraplus_optimizer(
         model,
         optimizer_class,
         loraplus_lr_ratio=settings["loraplus_lr_ratio"],
@@ -58,6 +58,9 @@ def adapter_optimizer(trainer: Trainer, model: PeftModel, settings: Mapping[str,
         **({} if embedding is None else {"loraplus_lr_embedding": embedding}),
         **keywords,
     )
+    # torch cannot load the state of more than one empty group where weights are sharded (_optimizer_state of FSDP 2).
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+    return optimizer
 
 
 def freeze_what_never_moves(model: PeftModel, recipe: Recipe, settings: Mapping[str, Any]) -> None:

@@ -21,7 +21,8 @@ from lora_recipes.train.repeat import Repeated, require_repeatable
 class Ready:
     """What this machine makes of the recipe, where its model is, and the lock on the run folder (main process only).
 
-    `opened` turns true when the run has begun: from then on a failure is written to its status.json.
+    `opened` turns true when the run has begun: from then on a failure is written to its status.json. `met` turns true when all
+    ranks have come together, so the main process has not refused.
 
     Attributes:
         accepted: names of what may be another than when the run was begun.
@@ -34,6 +35,7 @@ class Ready:
     source: Source
     lock: Locked | None
     opened: bool = False
+    met: bool = False
     accepted: tuple[str, ...] = ()
     changed: dict[str, str] = field(default_factory=dict)
     repeats: Repeated | None = None

@@ -63,7 +63,13 @@ def publish(
 
 def _adapter(trainer: RecipeTrainer, run_dir: RunDir, recipe: Recipe, source: Source, main: bool) -> None:
     with published(run_dir.adapter) if main else nullcontext(staging_of(run_dir.adapter)) as staging:
-        trainer.save_model(str(staging))
+        if (
+            trainer.is_deepspeed_enabled and trainer.deepspeed is None
+        ):  # of a last checkpoint: there was nothing to train
+            if main:
+                trainer._save(str(staging))
+        else:
+            trainer.save_model(str(staging))
         trainer.accelerator.wait_for_everyone()
         if main:
             if changes_base(recipe.section("lora")):
@@ -96,7 +102,7 @@ def _model(
     section = recipe.section("merge")
     if dtype := section.get("dtype"):
         model.to(getattr(torch, dtype))
-    weights = trainer.accelerator.get_state_dict(trainer.model)  # gathered, where they are sharded
+    weights = trainer.accelerator.get_state_dict(trainer.deepspeed or trainer.model)  # gathered, where they are sharded
     if not main:
         return
     size = {key: section[key] for key in ("max_shard_size",) if key in section}

@@ -144,6 +144,8 @@ class SavingTrainer(SFTTrainer):
                 self._total_train_tokens = counted["tokens"]
                 self._metrics["train"].update(counted["metrics"])
         if checkpoint is not None and stopped_there(Path(checkpoint)).get("owes_evaluation"):
+            if self.state.global_step >= self.state.max_steps and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                return  # nothing is trained any more, so the model was not shared out, and is not evaluated without it
             self._determine_best_metric(self._evaluate(None, None), None)
             self._name_best(Path(self.args.output_dir))
 

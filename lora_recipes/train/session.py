@@ -38,7 +38,8 @@ from lora_recipes.train.ranks import introduce, meet
 from lora_recipes.train.record import RecordCallback, keep_metrics_until, write_manifest, write_status
 from lora_recipes.train.repeat import record_changed_on_the_way, require_same_rows
 from lora_recipes.train.room import require_disk
-from lora_recipes.train.trainer import RecipeTrainer, build_trainer, refuse_sharded, training_arguments
+from lora_recipes.train.sharding import refuse_sharded
+from lora_recipes.train.trainer import RecipeTrainer, build_trainer, training_arguments
 
 # Layers that read position ids; what else a config names as a layer type carries a state.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -73,6 +74,7 @@ def train(recipe: Recipe, ready: Ready) -> None:
     refuse_sharded(recipe, args)
     with PartialState().main_process_first():  # one rank unpacks, the others find it in the cache
         source = materialise(ready.source)
+    ready.met = True
     tokenizer = load_tokenizer(recipe, source)
     config = model_config(recipe, source)
     require_vocabulary(recipe, config, tokenizer)

@@ -1,6 +1,5 @@
 """One `SFTTrainer` out of the recipe's sections, and the steps and loss that suit a CPU."""
 
-import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import islice
@@ -16,7 +15,6 @@ from trl import SFTConfig
 from lora_recipes.data.find import place_of
 from lora_recipes.data.load import LoadedData
 from lora_recipes.data.masks import IGNORED
-from lora_recipes.errors import RecipeError
 from lora_recipes.model.build import refusals_of
 from lora_recipes.model.initialise import (
     EVA_BATCHES,
@@ -196,7 +194,6 @@ def build_trainer(
             the adapter's first weights cannot be computed.
     """
     section = recipe.section("lora")
-    refuse_sharded(recipe, args)
     require_float32(recipe, model)
     with refusals_of(recipe, "training"):
         trainer = RecipeTrainer(
@@ -233,25 +230,6 @@ def _scored(labels: torch.Tensor) -> torch.Tensor:
     return labels[:, 1:] != IGNORED
 
 
-def refuse_sharded(recipe: Recipe, args: SFTConfig) -> None:
-    """Raises RecipeError where FSDP or DeepSpeed would take apart what a method needs whole."""
-    if args.deepspeed_plugin is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("1", "true"):
-        return
-    if needs_whole_weights(recipe.section("lora")):
-        key, what = (
-            "lora.init_lora_weights",
-            f"`init_lora_weights: {recipe.get('lora.init_lora_weights')}` is computed from",
-        )
-    elif recipe.get("training.lorafa"):
-        key, what = "training.lorafa", "LoRA-FA projects its gradients on"
-    else:
-        return
-    raise RecipeError(
-        f"{recipe.where(key)}: {what} whole weights, which no process of an FSDP or DeepSpeed run has; launch with "
-        "accelerate_configs/ddp.yaml, or drop the key"
-    )
-
-
 def _training_batches(trainer: RecipeTrainer, count: int) -> list[dict[str, torch.Tensor]]:
     """Micro-batches of the recipe's own training rows, drawn by its seed; a stream's first ones, which it has shuffled."""
     rows, size = trainer.train_dataset, trainer.args.per_device_train_batch_size
@@ -271,6 +249,10 @@ def training_arguments(section: dict[str, Any], run_dir: RunDir) -> SFTConfig:
     if not values.get("packing"):  # rows come tokenized, masked and cut: nothing is left for SFTTrainer to prepare
         values["dataset_kwargs"] = {"skip_prepare_dataset": True}
     args = SFTConfig(output_dir=str(run_dir.checkpoints), **values)
+    if (
+        args.n_gpu > 1
+    ):  # one process that sees several cards would copy the model to all of them, which SFTTrainer refuses
+        args._n_gpu = 1
     # What a schedule does not take would be found out only when the model is there.
     nothing = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
     try:
