@@ -44,6 +44,9 @@ class Options:
     def section(self) -> str:
         return "job" if self.device == "cpu" else f"job-{self.device}"
 
+    def card(self) -> Row:
+        return {"gpu": results.card()} if self.device == "gpu" else {}
+
 
 @dataclass(frozen=True)
 class Column:
@@ -106,14 +109,12 @@ WAITING = (
 
 def measure(options: Options, command: str) -> None:
     """All rounds; every row is kept as soon as it is taken."""
-    found: Row = {"machine": results.begun(command)}
+    found: Row = {"machine": results.begun(command) | options.card()}
     found["rows"] = results.kept_here(options.section, found["machine"]).get("rows", [])
     found["asked"] = {"steps": options.steps, "rounds": options.rounds, "cores": options.cores}
     found["rates"] = {dtype: rate.measured(dtype, options.cores) for dtype in ("float32", "bfloat16")}
     found["weights"] = weights_of(peers.opened(options.lab).base)
     found["base_held_out"] = peers.held_out_loss(None, options.lab, options.cores)
-    if options.device == "gpu":
-        found["gpu"] = results.card()
     for number in range(1, options.rounds + 1):
         for job in options.jobs:
             if number == 1 and not options.go_on:
@@ -135,7 +136,7 @@ def measure(options: Options, command: str) -> None:
 
 def measure_again(options: Options, part: str, command: str) -> None:
     """A part of the rows that are there, such as their merges, anew; the trainings stay as they were measured."""
-    facts = results.begun(command)
+    facts = results.begun(command) | options.card()
     found = results.kept_here(options.section, facts)
     if not found:
         raise SystemExit("nothing of the job was measured on this machine yet")
@@ -312,7 +313,7 @@ def markdown(found: Row, device: str = "cpu") -> list[str]:
         lines += [f"{part.replace('_', '-').capitalize()}, measured once more: {results.described(facts)}", ""]
     limits = f"{rates['float32'] / 1e9:,.0f} GFLOP/s in float32 and {rates['bfloat16'] / 1e9:,.0f} in bf16"
     base = found["base_held_out"].get("loss")
-    alone = f"Matrix products alone: {limits}." if device == "cpu" else f"Card: {found['gpu']}."
+    alone = f"Matrix products alone: {limits}." if device == "cpu" else f"Card: {found['machine']['gpu']}."
     lines += [f"{_asked(found['asked'])} {alone}", ""]
     lines += [f"Held-out loss of the base: {base:.4f}.", ""] if base else []
     for job in jobs:

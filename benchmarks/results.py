@@ -37,8 +37,9 @@ def machine() -> Row:
 
 
 def card() -> str:
-    """Name, driver and memory of the first GPU, as its own tool says."""
-    words = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    """Name, driver and memory of the GPU that is measured, as its own tool says."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    words = ["nvidia-smi", f"--id={visible}", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -77,9 +78,8 @@ def read(file: Path = FILE) -> dict[str, Row]:
 def kept_here(section: str, facts: Row, file: Path = FILE) -> Row:
     """A section as far as it was measured on this machine: figures of two machines stand in no table together."""
     found = read(file).get(section, {})
-    same = found and all(
-        found["machine"].get(key) == facts[key] for key in ("cpu", "generation", "cores", "amx", "torch")
-    )
+    keys = ("cpu", "generation", "cores", "amx", "torch", "gpu")
+    same = found and all(found["machine"].get(key) == facts.get(key) for key in keys)
     return found if same else {}
 
 

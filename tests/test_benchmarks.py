@@ -157,7 +157,7 @@ def test_the_tables_have_medians_ratios_and_why_a_figure_is_missing(found: dict[
 def test_on_a_card_the_table_has_its_memory_and_wall_seconds(found: dict[str, Any]):
     for one in found["rows"][:3]:
         one |= {"real_per_second": 5000.0, "supervised_per_second": 900.0, "gpu_mb": 812.0, "dtype": "bfloat16"}
-    lines = job.markdown(found | {"gpu": "a card"}, "gpu")
+    lines = job.markdown(found | {"machine": found["machine"] | {"gpu": "a card"}}, "gpu")
     assert any(line.startswith("| **lora-recipes** | bf16 | 5,000 | 900 | 1.50 | 812 |") for line in lines)
     assert not any("CPU s |" in line and line.startswith("| real") for line in lines)
 
@@ -186,7 +186,8 @@ def test_rows_of_another_machine_stand_in_no_table_of_this_one(tmp_path: Path):
     file, here = tmp_path / "results.json", results.machine()
     results.keep("job", {"machine": here | {"load_before": 9.0}, "rows": [1]}, file)
     assert results.kept_here("job", here, file)["rows"] == [1]
-    assert results.kept_here("job", here | {"cpu": "another"}, file) == {}
+    for key in ("cpu", "generation", "gpu"):
+        assert results.kept_here("job", here | {key: "another"}, file) == {}
     assert results.kept_here("data", here, file) == {}
 
 

@@ -19,6 +19,7 @@ from lora_recipes import process
 from lora_recipes.cli import main
 from lora_recipes.metrics import metrics_sha256
 from lora_recipes.model.digest import gap, tensor_hashes
+from lora_recipes.reproduce import compared
 from lora_recipes.run_dir import RunDir, file_sha256, read_json, write_json, write_jsonl
 from lora_recipes.train import launch
 from lora_recipes.train import main as train_main
@@ -212,6 +213,23 @@ def test_with_an_accepted_difference_what_is_near_counts_and_what_is_far_does_no
         ended, found, said = reproduce(*words, capsys=capsys)
         assert ended == code and not found["exact"]
         assert ("within the tolerance (versions.torch accepted)" in said) == (code == 0)
+
+
+def test_on_a_gpu_what_is_near_counts_unless_the_run_was_to_be_deterministic(
+    run: RunDir, capsys: pytest.CaptureFixture
+):
+    assert reproduce("outputs/tiny", capsys=capsys)[0] == 0
+    other = RunDir.of("tiny.reproduced")
+    lines = [json.loads(line) for line in other.metrics.read_text().splitlines()]
+    write_jsonl(other.metrics, [line | ({"loss": line["loss"] * 1.001} if "loss" in line else {}) for line in lines])
+    assert not compared(run, other)["reproduced"]
+    edit(run.manifest, machine=read_json(run.manifest)["machine"] | {"device": "cuda"})
+    found = compared(run, other)
+    assert found["reproduced"] and not found["exact"] and list(found["accepted"]) == ["sums on a GPU"]
+    recipe = json.loads(run.recipe.read_text())
+    recipe["training"]["full_determinism"] = True
+    run.recipe.write_text(json.dumps(recipe))
+    assert not compared(run, other)["reproduced"]
 
 
 def _other_weights(run: RunDir) -> None:

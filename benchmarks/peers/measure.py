@@ -57,7 +57,8 @@ def measure(
         command = tool.train(place, asked)
         shutil.rmtree(place.out(peer, job), ignore_errors=True)
         if device == "gpu":
-            cards = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
+            # The first of them: some tools would take all, and the table is of one.
+            cards = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]}
             command = replace(command, environment={**command.environment, **cards})
         took = _run(tool, place, f"{peer}-{job}", command, threads, timeout, cores, trace=True)
     except CannotError as reason:
