@@ -267,13 +267,20 @@ def _nested(hint: Any, value: Any) -> Any:
 
 
 def load_base(
-    recipe: Recipe, source: Source, choices: Choices, *, dtype: str | None = None, quantized: bool = True
+    recipe: Recipe,
+    source: Source,
+    choices: Choices,
+    *,
+    dtype: str | None = None,
+    quantized: bool = True,
+    trains: bool = False,
 ) -> PreTrainedModel:
     """The base model as the recipe wants it, on the device that was chosen.
 
     Args:
         dtype: overrides `model.dtype`.
         quantized: False loads the original weights even where the recipe quantizes.
+        trains: training computes under autocast, where the recipe asks for bf16 or fp16; nothing else does.
     """
     keywords = {"trust_remote_code": False} | recipe.section("model")
     keywords.pop("pretrained_model_name_or_path")
@@ -308,10 +315,19 @@ def load_base(
             f"{recipe.where('model.pretrained_model_name_or_path')}: `quantization_config` in config.json says that the weights are "
             f"quantized, and they are not ({plain[0]}); remove it, and set `quantization` in the recipe"
         )
+    if not (trains and (choices.training.get("bf16") is not False or choices.training.get("fp16"))):
+        attend_in_its_type(model)
     keep_canonical_4bit(model)
     if config is not None and choices.device == "cpu":
         let_go_of_file(model.parameters())
     return model
+
+
+def attend_in_its_type(model: PreTrainedModel) -> None:
+    """Flash attention takes numbers of 16 bits alone, and autocast, which makes them, is for training."""
+    if model.dtype == torch.float32 and "flash" in str(model.config._attn_implementation):
+        model.set_attn_implementation("sdpa")
+        console.say("attention: sdpa instead of flash attention, which takes no float32", "yellow")
 
 
 def _should_be_quantized(module: torch.nn.Module) -> bool:
@@ -337,7 +353,9 @@ def load_merged(folder: Path, recipe: Recipe, choices: Choices) -> PreTrainedMod
     if choices.device != "cpu":
         keywords["device_map"] = section.get("device_map", {"": 0})
     with refusals_of(recipe, "merge"):
-        return AutoModelForCausalLM.from_pretrained(folder, **keywords).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, **keywords).eval()
+    attend_in_its_type(model)
+    return model
 
 
 def make_servable(model: PreTrainedModel, ends: list[int], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -98,7 +98,7 @@ def train(recipe: Recipe, ready: Ready) -> None:
     require_positions(recipe, config, report["lengths"].get("max", 0), data.limit)
     _refuse_leaking_stream(recipe, args, data, report["epoch_rows"])
     require_disk(run_dir, choices.training, targets, _steps(args, report["epoch_rows"]))
-    base = load_base(recipe, source, choices)
+    base = load_base(recipe, source, choices, trains=True)
     diagnosis = Diagnosis(recipe, run_dir, report["trained_percent"], len(tokenizer))
     trainer = build_trainer(recipe, args, choices, base, tokenizer, data, [RecordCallback(run_dir), diagnosis], last)
     if last is not None and data.streams:

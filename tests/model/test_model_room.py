@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lora_recipes.errors import MachineError, RecipeError, RefusedError
 from lora_recipes.model import machine
-from lora_recipes.model.build import load_tokenizer, model_config
+from lora_recipes.model.build import attend_in_its_type, load_tokenizer, model_config
 from lora_recipes.model.machine import choose
 from lora_recipes.model.safe import MOST
 from lora_recipes.model.source import locate, materialise
@@ -204,6 +204,14 @@ def test_the_launchers_single_thread_is_undone(write_recipe: Callable[..., Path]
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("dtype", "attends"), [("float32", "sdpa"), ("bfloat16", "flash_attention_2")])
+def test_flash_attention_is_left_where_numbers_have_32_bits(tiny_model: Path, dtype: str, attends: str):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype)
+    model.config._attn_implementation = "flash_attention_2"  # which cannot be loaded here
+    attend_in_its_type(model)
+    assert model.config._attn_implementation == attends
 
 
 def test_a_folder_needs_no_unpacking(write_recipe: Callable[..., Path], tiny_model: Path):

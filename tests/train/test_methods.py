@@ -221,7 +221,7 @@ def test_what_needs_whole_matrices_is_refused_where_they_are_sharded_before_weig
     name: str, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setattr("lora_recipes.train.session.load_base", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("lora_recipes.train.session.load_base", lambda *_, **__: pytest.fail("weights were loaded"))
     path = write_recipe(**FIRST_WEIGHTS.get(name, {"training": {"lorafa": True}}))
     assert launch(str(path), []) == 2
     said = " ".join(capsys.readouterr().err.split())

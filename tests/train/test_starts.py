@@ -90,7 +90,7 @@ def test_what_would_be_refused_later_is_told_before_weights_are_loaded(
     keys: dict[str, Any],
     said: str,
 ):
-    monkeypatch.setattr("lora_recipes.train.session.load_base", lambda *args: pytest.fail("the weights were loaded"))
+    monkeypatch.setattr("lora_recipes.train.session.load_base", lambda *_, **__: pytest.fail("the weights were loaded"))
     path = write_recipe(**{section: keys})
     assert launch(str(path), []) == 2
     shown = capsys.readouterr().err
