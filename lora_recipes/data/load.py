@@ -13,7 +13,7 @@ from lora_recipes.data.files import Source
 from lora_recipes.data.formats import Conversation, convert
 from lora_recipes.data.forms import settings_of_all
 from lora_recipes.data.frames import added_text
-from lora_recipes.data.masks import Masker
+from lora_recipes.data.masks import IGNORED, Masker
 from lora_recipes.data.prepare import Prepared, Tokenizing, prepare
 from lora_recipes.data.readers import read_split, rows_of
 from lora_recipes.data.scan import scan
@@ -97,7 +97,8 @@ class LoadedData:
         return datasets.concatenate_datasets([self._cut(part, part.indices) for _, part in held])
 
     def longest(self, count: int) -> list[dict[str, list[int]]]:
-        """The longest training rows, cut as they are trained; [] for a stream, whose rows lie nowhere."""
+        """The longest training rows, cut as they are trained, of one that packing splits as much as a piece holds; [] for a
+        stream, whose rows lie nowhere."""
         if self.streams:
             return []
         found = [
@@ -107,7 +108,14 @@ class LoadedData:
         ]
         best = sorted(found, key=lambda entry: -entry[0])[:count]
         picked = [part.prepared.tokens[index] for _, part, index in best]  # type: ignore[index]
-        return [{name: row[name][: self.limit] for name in TOKENS} for row in picked]
+        longest = self.recipe.get("training.max_length", MAX_LENGTH)
+        if longest is None or self.limit is not None:
+            return [{name: row[name][: self.limit] for name in TOKENS} for row in picked]
+        # Up to the last trained token: the first piece of a long question has none, and its loss takes no memory.
+        ends = [max(_last_trained(row), longest) for row in picked]
+        return [
+            {name: row[name][end - longest : end] for name in TOKENS} for row, end in zip(picked, ends, strict=True)
+        ]
 
     def keys(self) -> dict[str, str]:
         """Split → hash of its content, template, tokenizer and settings; "" for a stream that is not pinned."""
@@ -212,6 +220,11 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, end_ids: set[i
             SourceRows(source, masker, template, _part(train, everything, source, limit), heldout, added)
         )
     return loaded
+
+
+def _last_trained(row: dict[str, list[int]]) -> int:
+    """How many tokens of a row lie up to its last trained one."""
+    return max((place for place, label in enumerate(row["labels"], start=1) if label != IGNORED), default=0)
 
 
 def _longest(part: UsedRows, count: int) -> list[tuple[int, int]]:

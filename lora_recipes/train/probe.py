@@ -65,10 +65,11 @@ class LongestFirst(TrainerCallback):
         trainer.model_wrapped.train()
         with torch.random.fork_rng(devices=devices):
             inputs = trainer._prepare_inputs(batch)
-            with trainer.compute_loss_context_manager():
-                count = (inputs["labels"][:, 1:] >= 0).sum()
-                loss = trainer.compute_loss(trainer.model_wrapped, inputs, num_items_in_batch=count)
-            trainer.accelerator.backward(loss)
+            with trainer.maybe_activation_offload_context:  # which TRL enters around its training_step
+                with trainer.compute_loss_context_manager():
+                    count = (inputs["labels"][:, 1:] >= 0).sum()
+                    loss = trainer.compute_loss(trainer.model_wrapped, inputs, num_items_in_batch=count)
+                trainer.accelerator.backward(loss)
         trainer.model.zero_grad(set_to_none=True)
         for mode, kept in counters.items():
             trainer._metrics[mode].clear()

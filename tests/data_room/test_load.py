@@ -306,3 +306,16 @@ def test_a_tool_call_is_asked_for_but_not_scored(load: Callable[..., LoadedData]
     rows = [{"messages": [{"role": "user", "content": f"add {n}"}, call], "tools": [{"name": "add"}]} for n in range(4)]
     data = load(source(write_rows("a.jsonl", rows), eval_split=0.25), chat_template_path="tools.jinja")
     assert [question.expected for question in questions(data)] == [None]
+
+
+@pytest.mark.parametrize("long", ["user", "assistant"])
+def test_the_longest_rows_are_as_long_as_what_packing_splits_them_into(
+    load: Callable[..., LoadedData], workdir: Path, long: str
+):
+    turns = {"user": "say it", "assistant": "yes"} | {long: "so it is " * 60}
+    messages = [{"role": role, "content": content} for role, content in turns.items()]
+    Path("a.jsonl").write_text(json.dumps({"messages": messages}) + "\n" + json.dumps(row("no")) + "\n")
+    data = load(source("a.jsonl"), packing=True, packing_strategy="bfd_split", max_length=64)
+    first, second = data.longest(2)
+    assert [len(first["input_ids"]), len(first["labels"])] == [64, 64] and len(second["input_ids"]) < 64
+    assert any(label != -100 for label in first["labels"])

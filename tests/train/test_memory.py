@@ -1,7 +1,8 @@
 """Memory that runs out: found at the beginning, said with the batch and the plan, answered by `--fit`."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lora_recipes.train import launch, probe
 from lora_recipes.train.memory import smaller_batch
 from lora_recipes.train.probe import LongestFirst
 from lora_recipes.train.trainer import RecipeTrainer
+from tests.train.runs import make_trainer
 
 
 @pytest.fixture
@@ -208,3 +210,38 @@ def test_the_rows_of_a_step_stay_exactly_the_same(
 def test_fit_belongs_to_train(write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture):
     assert main(["check", str(write_recipe()), "--fit"]) == 2
     assert "`--fit` belongs to `train`" in capsys.readouterr().err
+
+
+def test_the_probe_is_computed_within_what_a_step_is_computed_in(
+    as_on_a_gpu: None, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    """TRL moves activations to the CPU within a context; that there is one is enough here."""
+    trainer = make_trainer(write_recipe())
+    batch = next(iter(trainer.get_train_dataloader()))
+    entered: list[bool] = [False]
+    computed: list[tuple[str, bool]] = []
+
+    @contextmanager
+    def offloading() -> Iterator[None]:
+        entered[0] = True
+        yield
+        entered[0] = False
+
+    def watched(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*more: Any, **named: Any) -> Any:
+            computed.append((name, entered[0]))
+            return real(*more, **named)
+
+        monkeypatch.setattr(owner, name, call)
+
+    watched(trainer, "compute_loss")
+    watched(trainer.accelerator, "backward")
+    trainer.maybe_activation_offload_context = offloading()
+    LongestFirst(trainer, None)._run(dict(batch))
+    of_probe = computed[:]
+    computed.clear()
+    trainer.maybe_activation_offload_context = offloading()
+    trainer.training_step(trainer.model, dict(batch), torch.tensor(1))
+    assert of_probe == computed == [("compute_loss", True), ("backward", True)]
