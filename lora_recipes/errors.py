@@ -70,10 +70,17 @@ OUT_OF_MEMORY = (
 )
 
 
+# What a RuntimeError says where a GPU's memory ran out outside torch's allocator: in the driver ("CUDA error: out of memory"),
+# in NCCL, or in cuBLAS, which allocates its workspace itself.
+GPU_FULL = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on a GPU or here."""
     by_name = type(error).__name__ == "OutOfMemoryError"  # torch's; it is not imported here
-    return by_name or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+    if by_name or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in GPU_FULL)
 
 
 LONGEST_SHOWN = 120  # characters of a name that is too long for a file
