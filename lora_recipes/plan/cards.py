@@ -136,10 +136,17 @@ def _this_machine() -> Target:
     if not has_gpu():
         return _cpu()
     gpu = this_gpu()
-    words = gpu.name.lower().replace(" ", "")
-    known = [rate for card, (_, rate, _) in CARDS.items() if card.split("-")[0] in words]
-    memory = torch.cuda.get_device_properties(0).total_memory
-    return Target(gpu.name, memory, gpu, known[0] if known else None)
+    return Target(gpu.name, torch.cuda.get_device_properties(0).total_memory, gpu, teraflops_of(gpu.name))
+
+
+def teraflops_of(name: str) -> float | None:
+    """The rate in CARDS of a card by the name that its driver gives it; None where it is not known.
+
+    Whole words: an A100 is no A10, and an L40 no L4.
+    """
+    words = re.split(r"[\s-]+", name.lower())
+    rates = (rate for card, (_, rate, _) in CARDS.items() if card.split("-")[0].removeprefix("rtx") in words)
+    return next(rates, None)
 
 
 def _launched(config_file: str | None) -> tuple[int | None, str]:
