@@ -37,6 +37,10 @@ UNPAGED = {
     "paged_ademamix_8bit": "ademamix_8bit",
 }
 
+# How `accelerate launch` hands `use_cpu` on, and what accelerate takes for true (its own parser would import all of it).
+USE_CPU = "ACCELERATE_USE_CPU"
+TRUE = ("y", "yes", "t", "true", "on", "1")
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -89,9 +93,18 @@ def multiplies_bf16() -> bool:
     return bool(has.get("amx_bf16") or (has.get("avx512_bf16") and str(has.get("cpu_name")).startswith("AMD")))
 
 
-def on_cpu(recipe: Recipe) -> bool:
-    """Whether a run of this recipe computes on the CPU."""
-    return bool(recipe.get("training.use_cpu")) or not has_gpu()
+def launched_on_cpu() -> bool:
+    """Whether `accelerate launch` was told to use the CPU (`use_cpu: true` in its config), which the Trainer obeys."""
+    return os.environ.get(USE_CPU, "").lower() in TRUE
+
+
+def why_cpu(recipe: Recipe) -> str | None:
+    """Why a run of this recipe computes on the CPU; None where it computes on a GPU."""
+    if recipe.get("training.use_cpu"):
+        return "training.use_cpu is true"
+    if not has_gpu():
+        return "no GPU is visible"
+    return f"{USE_CPU} is set, as `use_cpu: true` of an accelerate config does" if launched_on_cpu() else None
 
 
 def memory_available() -> int:
@@ -132,20 +145,19 @@ def choose(recipe: Recipe, *, training: bool = True, gpu: Gpu | None = None) -> 
     Raises:
         MachineError: fp16 training without a GPU, or bf16 on a GPU that lacks it: no fallback keeps what was asked.
     """
-    device = "cpu" if gpu is None and on_cpu(recipe) else "cuda"
-    choices = Choices(recipe.section("training"), recipe.section("quantization"), device)
-    if device == "cpu":
-        _choose_for_cpu(recipe, choices, training)
+    why = why_cpu(recipe) if gpu is None else None
+    choices = Choices(recipe.section("training"), recipe.section("quantization"), "cpu" if why else "cuda")
+    if why:
+        _choose_for_cpu(recipe, choices, training, why)
     else:
         _choose_for_gpu(recipe, choices, training, gpu or this_gpu())
     return choices
 
 
-def _choose_for_cpu(recipe: Recipe, choices: Choices, to_train: bool) -> None:
+def _choose_for_cpu(recipe: Recipe, choices: Choices, to_train: bool, why: str) -> None:
     training, asked = choices.training, bool(recipe.get("training.use_cpu"))
     if to_train:
         _give_memory_back()
-    why = "training.use_cpu is true" if asked else "no GPU is visible"
     choices.made.append(Choice("device", f"cpu, {_use_all_cores()} threads", why))
     training["use_cpu"] = True
     if training.get("fp16") and to_train:
@@ -162,8 +174,8 @@ def _choose_for_cpu(recipe: Recipe, choices: Choices, to_train: bool) -> None:
         choices.made.append(Choice("dtype", "bf16 autocast", "training.bf16 and training.use_cpu are both true"))
     else:
         training["bf16"] = False
-        why = "float32 is the faster type on this CPU (training.use_cpu=true keeps bf16)"
-        choices.made.append(Choice("dtype", "float32 instead of bf16", why))
+        faster = "float32 is the faster type on this CPU (training.use_cpu=true keeps bf16)"
+        choices.made.append(Choice("dtype", "float32 instead of bf16", faster))
     if not training["bf16"] and choices.quantization.get("bnb_4bit_compute_dtype") in ("bfloat16", "float16"):
         choices.quantization["bnb_4bit_compute_dtype"] = "float32"
         choices.made.append(Choice("4-bit compute dtype", "float32", "it follows the training dtype"))

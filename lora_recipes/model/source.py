@@ -10,7 +10,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationE
 from lora_recipes import console
 from lora_recipes.errors import MachineError, RecipeError, RefusedError
 from lora_recipes.model import package
-from lora_recipes.model.machine import has_gpu, on_cpu
+from lora_recipes.model.machine import has_gpu, why_cpu
 from lora_recipes.model.safe import require_safe_folder
 from lora_recipes.model.weights import require_weights
 from lora_recipes.recipe import Recipe
@@ -53,8 +53,8 @@ def locate(recipe: Recipe, *, weights: bool = True) -> Source:
         _require_tokenizer(recipe, named, where)
         return Source("hub", named, named)
     missing = []
-    if on_cpu(recipe) and not recipe.get("training.use_cpu"):
-        missing.append("no GPU is visible (training.use_cpu=true forces the CPU)")
+    if (why := why_cpu(recipe)) and not recipe.get("training.use_cpu"):
+        missing.append(f"{why} (training.use_cpu=true forces the CPU)")
     if not _cached(named, recipe):
         offline = bool(recipe.get("model.local_files_only")) or constants.HF_HUB_OFFLINE
         if missing:  # decided: the hub need not be asked

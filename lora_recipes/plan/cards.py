@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from lora_recipes.errors import RunError
-from lora_recipes.model.machine import Gpu, has_gpu, this_gpu
+from lora_recipes.model.machine import Gpu, has_gpu, launched_on_cpu, this_gpu
 from lora_recipes.recipe import Recipe
 
 GIB = 2**30
@@ -133,7 +133,7 @@ def _cpu() -> Target:
 
 
 def _this_machine() -> Target:
-    if not has_gpu():
+    if not has_gpu() or launched_on_cpu():
         return _cpu()
     gpu = this_gpu()
     return Target(gpu.name, torch.cuda.get_device_properties(0).total_memory, gpu, teraflops_of(gpu.name))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lora_recipes.errors import MachineError, RecipeError, RefusedError
@@ -15,6 +16,7 @@ from lora_recipes.model.machine import choose
 from lora_recipes.model.safe import MOST
 from lora_recipes.model.source import locate, materialise
 from lora_recipes.model.targets import find_targets
+from lora_recipes.plan import target_of
 from lora_recipes.recipe import load_recipe
 from tests.conftest import NF4, ROOT
 
@@ -160,6 +162,23 @@ def test_on_a_gpu_fp16_training_computes_4bit_in_fp16_and_keeps_paging(write_rec
 def test_use_cpu_wins_over_a_gpu(write_recipe: Callable[..., Path], gpu: None):
     choices = choose(load_recipe(write_recipe(training={"use_cpu": True, "bf16": False})))
     assert choices.device == "cpu"
+
+
+@pytest.mark.parametrize("told", ["True", "1", "yes", "False", "0", "no"])
+def test_a_launch_on_the_cpu_wins_over_a_gpu(
+    write_recipe: Callable[..., Path], gpu: None, monkeypatch: pytest.MonkeyPatch, told: str
+):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", told)  # as `accelerate launch` does, and the Trainer reads it
+    choices = choose(load_recipe(write_recipe()))
+    assert (
+        (choices.device == "cpu") == parse_flag_from_env("ACCELERATE_USE_CPU") == bool(choices.training.get("use_cpu"))
+    )
+    if choices.device == "cpu":
+        assert "ACCELERATE_USE_CPU is set" in choices.made[0].why
+        assert target_of(None, None, None).gpu is None
+        hub = write_recipe("hub", model={"pretrained_model_name_or_path": "owner/model"})
+        with pytest.raises(MachineError, match="ACCELERATE_USE_CPU is set"):
+            locate(load_recipe(hub))
 
 
 def test_the_steps_after_training_do_not_refuse_its_precision(write_recipe: Callable[..., Path]):
