@@ -10,7 +10,7 @@ from lora_recipes.judge import Signs, broken, fault
 from lora_recipes.model.adapted import attach_adapter, check_adapter
 from lora_recipes.model.answer import Answer, answer, stop_strings
 from lora_recipes.model.build import load_base, load_merged, model_config
-from lora_recipes.model.machine import choose
+from lora_recipes.model.machine import choose, release_memory
 from lora_recipes.model.sound import require_positions_to_answer
 from lora_recipes.model.source import locate, materialise
 from lora_recipes.model.trial import tried_generation
@@ -73,8 +73,10 @@ def generate(recipe: Recipe, *, force: bool = False, served: bool = False) -> di
     if recipe.get("lora"):
         given["adapter"] = answers(attach_adapter(model, run_dir.adapter), "adapter")
     del model
+    release_memory()
     if run_dir.merged.is_dir():
         given["merged"] = answers(load_merged(run_dir.merged, recipe, choices), "merged")
+        release_memory()
     if served:
         if config.max_time is not None:
             console.say("note: a server is asked for no generation.max_time", "yellow")

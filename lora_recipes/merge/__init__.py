@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,7 +31,7 @@ from lora_recipes.model.compare import record, recorded_differences
 from lora_recipes.model.files import model_folder
 from lora_recipes.model.folder import require_publishable, write_sums
 from lora_recipes.model.identity import base_of, write_provenance
-from lora_recipes.model.machine import Choices, choose, memory_available, peak_rss_bytes
+from lora_recipes.model.machine import Choices, choose, memory_available, peak_rss_bytes, release_memory
 from lora_recipes.model.source import Source, locate, materialise
 from lora_recipes.recipe import Recipe
 from lora_recipes.run_dir import SUMS, Locked, RunDir, file_sha256, published, write_json
@@ -244,7 +243,7 @@ def _observe(job: _Job, scratch: Path, observed: dict[str, tuple[Path, list[str]
         trained = attach_adapter(load_base(job.recipe, job.source, job.choices), job.adapter)
         observed["trained"] = _observed(trained, job, scratch / "trained")
         del trained
-        clear_device_cache(garbage_collection=True)
+        release_memory()
     for name in BASES if quantized else (job.base,):
         base = _base(job, name).eval()
         if name == job.base:  # before the adapter is on it: switching one off leaves trained biases in the base
@@ -257,7 +256,7 @@ def _observe(job: _Job, scratch: Path, observed: dict[str, tuple[Path, list[str]
         if quantized:
             bases[name] = parity.difference(model, job.tokenizer, job.asked, *observed["trained"])
         del base, model
-        clear_device_cache(garbage_collection=True)  # the fresh process needs the GPU's memory
+        release_memory()
     return found | ({"bases": bases} if quantized else {})
 
 

@@ -1,6 +1,7 @@
 """What this machine has, and what it makes a run choose: dtype, device, optimizer, threads, each with its reason."""
 
 import ctypes
+import gc
 import os
 import resource
 import sys
@@ -226,6 +227,17 @@ def _mallopt(mmap_threshold: int, trim_threshold: int) -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, mmap_threshold)
         mallopt(M_TRIM_THRESHOLD, trim_threshold)
+
+
+def release_memory() -> None:
+    """After a model was let go of: give its memory back, before the next one is loaded.
+
+    The layers of a 4-bit model are parts of reference cycles, which wait for a collection; and torch keeps what was freed on
+    a GPU, where no other process (a server, the proof of a merge) can take it.
+    """
+    gc.collect()
+    if has_gpu():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -1,15 +1,13 @@
 """Memory that ran out: said with the batch that failed and the plan's numbers, or answered with smaller micro-batches."""
 
-import gc
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-
-import torch
 
 from lora_recipes import console
 from lora_recipes.console import gib
 from lora_recipes.errors import LoraRecipesError, MachineError, out_of_memory
-from lora_recipes.model.machine import choose
+from lora_recipes.model.machine import choose, release_memory
 from lora_recipes.plan import Estimate, config_of, half_the_rows, target_for, ways_out
 from lora_recipes.recipe import Recipe, load_recipe
 from lora_recipes.recipe.defaults import DEVICE_BATCH
@@ -118,6 +116,7 @@ def _ran_out(error: BaseException) -> bool:
 
 def _let_go() -> None:
     """The failed attempt's model and tensors go before the next one begins."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if library := sys.modules.get("bitsandbytes"):  # not imported, or None: see `model.quantizer`
+        # It keeps the states of every paged optimizer that there was.
+        library.functional.GlobalPageManager.get_instance().paged_tensors.clear()
+    release_memory()

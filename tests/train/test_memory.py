@@ -1,6 +1,8 @@
 """Memory that runs out: found at the beginning, said with the batch and the plan, answered by `--fit`."""
 
 import json
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,7 @@ from lora_recipes.plan import target_of
 from lora_recipes.recipe import load_recipe
 from lora_recipes.run_dir import RunDir, read_json, read_jsonl
 from lora_recipes.train import launch, probe
-from lora_recipes.train.memory import smaller_batch
+from lora_recipes.train.memory import _let_go, smaller_batch
 from lora_recipes.train.probe import LongestFirst
 from lora_recipes.train.trainer import RecipeTrainer
 from tests.train.runs import make_trainer
@@ -245,3 +247,16 @@ def test_the_probe_is_computed_within_what_a_step_is_computed_in(
     trainer.maybe_activation_offload_context = offloading()
     trainer.training_step(trainer.model, dict(batch), torch.tensor(1))
     assert of_probe == computed == [("compute_loss", True), ("backward", True)]
+
+
+def test_paged_optimizer_states_of_a_failed_try_are_let_go_of(monkeypatch: pytest.MonkeyPatch):
+    from bitsandbytes.functional import GlobalPageManager
+
+    state = torch.zeros(4)
+    GlobalPageManager.get_instance().paged_tensors.append(state)  # as `get_state_buffer` does on a GPU
+    there = weakref.ref(state)
+    del state
+    _let_go()
+    assert there() is None
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # a run that goes without it
+    _let_go()
