@@ -171,11 +171,16 @@ def _require_memory(job: _Job) -> None:
     """The proof loads the model, in the type it is merged in; merging does not."""
     cpu = job.choices.device == "cpu"
     needed = job.planned.layout.bytes
-    free = memory_available() if cpu else sum(torch.cuda.mem_get_info(n)[0] for n in range(torch.cuda.device_count()))
+    # Without a device_map a model is loaded on one GPU, the first of those that are visible.
+    gpus = [0] if job.recipe.get("model.device_map") is None else range(torch.cuda.device_count())
+    free = memory_available() if cpu else sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
     if job.behaviour and needed > free:
+        elsewhere = "on the CPU (training.use_cpu=true) or "
+        if len(gpus) < torch.cuda.device_count():
+            elsewhere = f"on all GPUs (model.device_map=auto), {elsewhere}"
         raise MachineError(
             f"the proof of a merge loads the model: {needed / 2**30:.1f} GiB, of which {free / 2**30:.1f} GiB are free "
-            f"{'here' if cpu else 'on the GPU'}. Merge {'' if cpu else 'on the CPU (training.use_cpu=true) or '}on a machine "
+            f"{'here' if cpu else 'on the GPU'}. Merge {'' if cpu else elsewhere}on a machine "
             "with more memory, or set merge.proof=weights: then only the weights are proved, not that the model behaves like "
             "the adapter"
         )
