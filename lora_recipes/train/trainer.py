@@ -15,6 +15,7 @@ from trl import SFTConfig
 from lora_recipes.data.find import place_of
 from lora_recipes.data.load import LoadedData
 from lora_recipes.data.masks import IGNORED
+from lora_recipes.errors import RecipeError
 from lora_recipes.model.build import refusals_of
 from lora_recipes.model.initialise import (
     EVA_BATCHES,
@@ -44,6 +45,7 @@ from lora_recipes.train.optimizers import (
 # Read by lora_recipes.data and lora_recipes.model.build, which hand SFTTrainer finished tokens and labels.
 CONSUMED = ("assistant_only_loss", "completion_only_loss", "dataset_text_field", "chat_template_path")
 COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+HALF = (torch.float16, torch.bfloat16)
 
 
 class RecipeTrainer(GuardedTrainer):
@@ -207,7 +209,7 @@ def build_trainer(
         )
     trainer.recipe = recipe
     trainer.name_row = lambda ids: place_of(data, ids) or f"one that begins {tokenizer.decode(ids[:16])!r}"
-    _keep_adapter_precision(trainer, choices)
+    _keep_adapter_precision(trainer, recipe, choices)
     if needs_whole_weights(section):
         require_matrices(trainer.model, recipe)
         if last is None:
@@ -291,14 +293,29 @@ def _compile_layers(model: torch.nn.Module, choices: Choices) -> None:
     choices.made.append(Choice("torch_compile", "each decoder layer by itself", "compiling a whole step takes minutes"))
 
 
-def _keep_adapter_precision(trainer: RecipeTrainer, choices: Choices) -> None:
-    """SFTTrainer casts the adapters of a quantized base to bf16, whatever the training dtype.
+def _keep_adapter_precision(trainer: RecipeTrainer, recipe: Recipe, choices: Choices) -> None:
+    """Where training is not in bf16 an adapter is float32.
 
-    Without bf16 compute that only loses bits (and fp16's gradient scaler cannot unscale bf16 gradients).
+    SFTTrainer casts the adapters of a quantized base to bf16 whatever the training dtype, which only loses bits. And what
+    PEFT copies out of a 16-bit base (`modules_to_save`), or trains in place (`bias`), has 16-bit gradients, which fp16's
+    gradient scaler cannot unscale; DeepSpeed has a scaler of its own.
+
+    Raises:
+        RecipeError: fp16 of a whole model that is 16 bits on disk: it would take twice the memory that was asked for.
     """
-    if trainer.args.bf16 or not getattr(trainer.model, "is_quantized", False):
+    args, quantized = trainer.args, getattr(trainer.model, "is_quantized", False)
+    scaled = args.fp16 and args.deepspeed_plugin is None
+    if args.bf16 or not (quantized or scaled):
         return
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    choices.made.append(Choice("adapter dtype", "float32 instead of bfloat16", "training is not in bf16"))
+    short = [one for one in trainer.model.parameters() if one.requires_grad and one.dtype in HALF]
+    if not short:
+        return
+    found = str(short[0].dtype).removeprefix("torch.")
+    if scaled and not recipe.get("lora"):
+        raise RecipeError(
+            f"{recipe.where('training.fp16')}: fp16's gradient scaler needs trained weights in float32, and those of this model "
+            f"are {found}; set model.dtype=float32, or extend base/lora.yaml"
+        )
+    for parameter in short:
+        parameter.data = parameter.data.float()
+    choices.made.append(Choice("adapter dtype", f"float32 instead of {found}", "training is not in bf16"))

@@ -61,6 +61,14 @@ def full(values: Values) -> Iterator[Finding]:
                 f"does not go with full fine-tuning, which a recipe without `lora` asks for: {why}",
                 "extend base/qlora.yaml or base/lora.yaml, or drop it",
             )
+    dtype = values.get("model", {}).get("dtype")
+    if values.get("training", {}).get("fp16") and dtype in ("float16", "bfloat16"):
+        yield Finding(
+            "training.fp16",
+            f"does not go with full fine-tuning of `model.dtype: {dtype}`: fp16's gradient scaler needs trained weights in "
+            "float32",
+            "write `dtype: float32`, or extend base/lora.yaml",
+        )
 
 
 def first_weights(values: Values) -> Iterator[Finding]:
