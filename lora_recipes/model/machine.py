@@ -197,19 +197,30 @@ def _choose_for_gpu(recipe: Recipe, choices: Choices, to_train: bool, gpu: Gpu) 
     if training.get("fp16"):
         training["bf16"] = False
         choices.made.append(Choice("dtype", "fp16 autocast", "training.fp16 is true"))
-        if choices.quantization.get("bnb_4bit_compute_dtype") == "bfloat16":
-            choices.quantization["bnb_4bit_compute_dtype"] = "float16"
-            choices.made.append(
-                Choice("4-bit compute dtype", "float16 instead of bfloat16", "it follows training.fp16")
-            )
-    elif training.get("bf16") is not False:  # unset and null mean true to SFTConfig
-        if to_train and not gpu.bf16:
-            raise MachineError(
-                f"{recipe.where('training.bf16')}: {gpu.name} has no bf16; set training.bf16=false training.fp16=true"
-            )
-        choices.made.append(Choice("dtype", "bf16 autocast", "training.bf16 is true and the GPU has it"))
-    else:
+    elif training.get("bf16") is False:
         choices.made.append(Choice("dtype", "float32", "training.bf16 and training.fp16 are false"))
+    elif gpu.bf16:  # unset and null mean true to SFTConfig
+        choices.made.append(Choice("dtype", "bf16 autocast", "training.bf16 is true and the GPU has it"))
+    elif to_train:
+        words = " ".join(f"{key}={str(value).lower()}" for key, value in without_bf16(recipe).items())
+        raise MachineError(f"{recipe.where('training.bf16')}: {gpu.name} has no bf16; set {words}")
+    else:
+        choices.made.append(
+            Choice("dtype", "the weights' own", f"{gpu.name} has no bf16, and only training has an autocast")
+        )
+    if choices.quantization.get("bnb_4bit_compute_dtype") == "bfloat16" and (training.get("fp16") or not gpu.bf16):
+        choices.quantization["bnb_4bit_compute_dtype"] = "float16"
+        why = "it follows training.fp16" if training.get("fp16") else f"{gpu.name} has no bf16"
+        choices.made.append(Choice("4-bit compute dtype", "float16 instead of bfloat16", why))
+
+
+def without_bf16(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe must set for training on a GPU that has no bf16; {} where it asks for none."""
+    asks = recipe.get("training.bf16") is not False and not recipe.get("training.fp16")
+    found: dict[str, Any] = {"training.bf16": False, "training.fp16": True} if asks else {}
+    if recipe.get("model.dtype") == "bfloat16":  # weights that are all trained stay float32: `recipe.rules.method.full`
+        found["model.dtype"] = "float16" if recipe.get("lora") else "float32"
+    return found
 
 
 def _give_memory_back() -> None:

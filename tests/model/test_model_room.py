@@ -145,10 +145,27 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
 
 
+@pytest.mark.parametrize("lora", [{}, None], ids=["adapter", "whole model"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("bf16", [True, None])
-def test_a_gpu_without_bf16_is_told_what_to_set(write_recipe: Callable[..., Path], gpu: None, bf16: bool | None):
-    with pytest.raises(MachineError, match=r"has no bf16; set training\.bf16=false training\.fp16=true"):
-        choose(load_recipe(write_recipe(training={"bf16": bf16})))
+def test_a_gpu_without_bf16_is_told_what_to_set(
+    write_recipe: Callable[..., Path], gpu: None, bf16: bool | None, dtype: str | None, lora: dict | None
+):
+    model = {} if dtype is None else {"dtype": dtype}
+    path = write_recipe(training={"bf16": bf16}, model=model, lora=lora)
+    with pytest.raises(MachineError, match=r"has no bf16; set training\.bf16=false training\.fp16=true") as told:
+        choose(load_recipe(path))
+    assert ("model.dtype=" in str(told.value)) == (dtype is not None)
+    recipe = load_recipe(path, str(told.value).partition("; set ")[2].split())
+    assert choose(recipe).device == "cuda" and recipe.get("model.dtype") != "bfloat16"
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_on_a_gpu_without_bf16_no_step_computes_4bit_in_it(write_recipe: Callable[..., Path], gpu: None, bf16: bool):
+    choices = choose(load_recipe(write_recipe(quantization=NF4, training={"bf16": bf16})), training=False)
+    assert choices.quantization["bnb_4bit_compute_dtype"] == "float16"
+    assert not any("the GPU has it" in choice.why for choice in choices.made)
+    assert "Tesla T4 has no bf16" in {choice.why for choice in choices.made}
 
 
 def test_on_a_gpu_fp16_training_computes_4bit_in_fp16_and_keeps_paging(write_recipe: Callable[..., Path], gpu: None):
