@@ -117,6 +117,7 @@ def _ran_out(error: BaseException) -> bool:
 def _let_go() -> None:
     """The failed attempt's model and tensors go before the next one begins."""
     if library := sys.modules.get("bitsandbytes"):  # not imported, or None: see `model.quantizer`
-        # It keeps the states of every paged optimizer that there was.
+        # It keeps the states of every paged optimizer that there was. Their pages the driver moves out when others need the
+        # place; bitsandbytes has no call that frees them.
         library.functional.GlobalPageManager.get_instance().paged_tensors.clear()
     release_memory()
