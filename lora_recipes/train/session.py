@@ -19,7 +19,7 @@ from lora_recipes.model.adapted import check_adapter, check_model
 from lora_recipes.model.build import end_token_ids, load_base, load_tokenizer, model_config, refusals_of
 from lora_recipes.model.identity import base_of
 from lora_recipes.model.initialise import INITIAL, changes_base, keep_initial
-from lora_recipes.model.machine import Choices
+from lora_recipes.model.machine import Choices, why_cpu
 from lora_recipes.model.sound import require_positions, require_vocabulary
 from lora_recipes.model.source import Source, materialise
 from lora_recipes.model.targets import Targets, find_targets
@@ -164,7 +164,7 @@ def _refuse_leaking_packing(recipe: Recipe, config: PreTrainedConfig) -> None:
 def _require_small_on_cpu(recipe: Recipe, choices: Choices, targets: Targets) -> None:
     if choices.device == "cpu" and targets.total > CPU_PARAMETERS and not recipe.get("training.use_cpu"):
         raise MachineError(
-            f"{recipe.where('model.pretrained_model_name_or_path')}: no GPU is visible, and {targets.total:,} parameters "
+            f"{recipe.where('model.pretrained_model_name_or_path')}: {why_cpu(recipe)}, and {targets.total:,} parameters "
             "would take days on a CPU. Use a machine with a GPU, a smaller model (recipes/smollm2-135m-lora.yaml), or say "
             "that you mean it: training.use_cpu=true"
         )

@@ -98,6 +98,12 @@ RULE_CASES = [
     ),
     ("lora_targets", ["lora.target_modules=lm_head"], ["lora.target_modules=.*head"], "lora.target_modules"),
     ("full", ["lora=null", "quantization={load_in_4bit: true}"], ["lora=null"], "quantization"),
+    (
+        "full",
+        ["lora=null", "training.fp16=true", "model.dtype=bfloat16"],
+        ["lora=null", "training.fp16=true", "model.dtype=float32"],
+        "training.fp16",
+    ),
     ("full", ["lora=null", "merge.base=original"], ["lora=null", "merge.dtype=float32"], "merge.base"),
     ("first_weights", ["lora.init_lora_weights=corda"], ["lora.init_lora_weights=pissa"], "lora.init_lora_weights"),
     ("first_weights", ["lora.init_lora_weights=lora_ga"], ["lora.init_lora_weights=eva"], "lora.init_lora_weights"),
