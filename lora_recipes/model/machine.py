@@ -38,6 +38,9 @@ UNPAGED = {
     "paged_ademamix_8bit": "ademamix_8bit",
 }
 
+BITSANDBYTES = ("8bit", "paged", "bnb")  # in the names of its optimizers, whose states cannot be shared out by FSDP
+SHARDABLE = "adamw_torch_fused"
+
 # How `accelerate launch` hands `use_cpu` on, and what accelerate takes for true (its own parser would import all of it).
 USE_CPU = "ACCELERATE_USE_CPU"
 TRUE = ("y", "yes", "t", "true", "on", "1")
@@ -72,6 +75,11 @@ class Choices:
     def named(self) -> dict[str, str]:
         """What was chosen → the choice."""
         return {choice.what: choice.value for choice in self.made}
+
+
+def of_bitsandbytes(optimizer: str) -> bool:
+    """Whether an optimizer, by its name in `training.optim`, is one of bitsandbytes'."""
+    return any(part in optimizer for part in BITSANDBYTES)
 
 
 def has_gpu() -> bool:

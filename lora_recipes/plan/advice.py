@@ -126,7 +126,7 @@ def _shorter_rows(estimate: Estimate) -> Change | None:
 
 
 def _smaller_optimizer(estimate: Estimate) -> Change | None:
-    if "8bit" in estimate.optimizer:
+    if "8bit" in estimate.optimizer or estimate.target.sharding == "fsdp2":
         return None
     return {"training.optim": SMALLER_OPTIMIZER[estimate.choices.device]}, "optimizer states in 8 bits"
 

@@ -9,11 +9,11 @@ from trl import SFTConfig
 from lora_recipes.errors import MachineError, RecipeError
 from lora_recipes.launch import FSDP, NONE, ZERO3, sharding
 from lora_recipes.model.initialise import needs_whole_weights
+from lora_recipes.model.machine import SHARDABLE, of_bitsandbytes
 from lora_recipes.recipe import Recipe
 from lora_recipes.train.changes import world_size
 
 FLOATS = ("float16", "bfloat16", "float32")
-BITSANDBYTES = ("8bit", "paged", "bnb")  # in the names of its optimizers
 
 
 def refuse_sharded(recipe: Recipe, args: SFTConfig) -> None:
@@ -55,10 +55,10 @@ def _impossible(recipe: Recipe, args: SFTConfig, how: str) -> Iterator[tuple[str
 def _impossible_with_fsdp(recipe: Recipe, args: SFTConfig) -> Iterator[tuple[str, str]]:
     """FSDP 2 keeps weights as DTensors, and casts those of a floating-point type to the type it computes in."""
     ddp = "launch with accelerate_configs/ddp.yaml"
-    if any(part in OptimizerNames(args.optim).value for part in BITSANDBYTES):
+    if of_bitsandbytes(OptimizerNames(args.optim).value):
         yield (
             "training.optim",
-            f"bitsandbytes' optimizers know no DTensor; set training.optim=adamw_torch_fused, or {ddp}",
+            f"bitsandbytes' optimizers know no DTensor; set training.optim={SHARDABLE}, or {ddp}",
         )
     if recipe.get("quantization.load_in_8bit"):
         yield (

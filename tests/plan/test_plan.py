@@ -230,6 +230,13 @@ def test_packed_4bit_weights_are_not_shared_unless_they_are_stored_as_floats():
     assert stored["base_weights"] < 0.6 * whole
 
 
+def test_under_fsdp_an_optimizer_of_torch_is_required_and_none_of_bitsandbytes_advised():
+    target = target_of("8GiB", None, str(ROOT / "accelerate_configs" / "fsdp2.yaml"))
+    found = plan(load_recipe(LLAMA), target)  # of QLoRA: paged
+    assert found["required"] == {"training.optim": "adamw_torch_fused"} and not found["fits"]
+    assert found["suggestions"] and not any("training.optim" in change["settings"] for change in found["suggestions"])
+
+
 def test_layers_are_spread_over_devices_where_the_recipe_says_so():
     mixtral = ROOT / "recipes" / "mixtral-8x7b-lora.yaml"
     target = target_for(load_recipe(mixtral), "a100-80", 2)
