@@ -166,7 +166,7 @@ class _Begun:
 
     @property
     def met(self) -> bool:
-        """Whether all ranks have come together, so none was refused."""
+        """Whether all ranks have come together and loading has begun, so the main process was not refused."""
         return self.ready is not None and self.ready.met
 
     def told_since(self) -> dict[str, Any]:
@@ -199,9 +199,9 @@ def _failed(begun: _Begun, error: Exception, *, debug: bool) -> int:
     if debug:
         traceback.print_exc()
     rank = os.environ.get("RANK", "0")
-    alone = (
-        rank != "0" and not begun.opened and begun.met and known.exit_code == EXIT_MACHINE
-    )  # perhaps on this rank only
+    # Perhaps this rank alone lacks something: memory on its card, the model on its machine.
+    own = begun.met and not begun.opened and known.exit_code == EXIT_MACHINE and not isinstance(known, RankLost)
+    alone = rank != "0" and own
     if rank == "0" or begun.opened or alone:
         console.error(str(known) if rank == "0" else f"[rank {rank}] {known}")
     _record_failure(begun, known.exit_code, str(known))

@@ -21,8 +21,8 @@ from lora_recipes.train.repeat import Repeated, require_repeatable
 class Ready:
     """What this machine makes of the recipe, where its model is, and the lock on the run folder (main process only).
 
-    `opened` turns true when the run has begun: from then on a failure is written to its status.json. `met` turns true when all
-    ranks have come together, so the main process has not refused.
+    `opened` turns true when the run has begun: from then on a failure is written to its status.json. `met` turns true before
+    weights are loaded: all ranks have come together, and what all of them would refuse is behind them.
 
     Attributes:
         accepted: names of what may be another than when the run was begun.

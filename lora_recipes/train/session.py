@@ -74,7 +74,6 @@ def train(recipe: Recipe, ready: Ready) -> None:
     refuse_sharded(recipe, args)
     with PartialState().main_process_first():  # one rank unpacks, the others find it in the cache
         source = materialise(ready.source)
-    ready.met = True
     tokenizer = load_tokenizer(recipe, source)
     config = model_config(recipe, source)
     require_vocabulary(recipe, config, tokenizer)
@@ -98,6 +97,7 @@ def train(recipe: Recipe, ready: Ready) -> None:
     require_positions(recipe, config, report["lengths"].get("max", 0), data.limit)
     _refuse_leaking_stream(recipe, args, data, report["epoch_rows"])
     require_disk(run_dir, choices.training, targets, _steps(args, report["epoch_rows"]))
+    ready.met = True
     base = load_base(recipe, source, choices, trains=True)
     diagnosis = Diagnosis(recipe, run_dir, report["trained_percent"], len(tokenizer))
     trainer = build_trainer(recipe, args, choices, base, tokenizer, data, [RecordCallback(run_dir), diagnosis], last)

@@ -14,7 +14,7 @@ import torch
 from transformers.integrations import deepspeed
 
 from lora_recipes import train
-from lora_recipes.errors import EXIT_MACHINE, EXIT_PREEMPTED, MachineError, Preempted, RecipeError
+from lora_recipes.errors import EXIT_MACHINE, EXIT_PREEMPTED, MachineError, Preempted, RankLost, RecipeError
 from lora_recipes.launch import sharding
 from lora_recipes.model.build import meta_model, model_config
 from lora_recipes.model.machine import choose
@@ -180,6 +180,11 @@ def test_what_one_rank_alone_lacks_is_said_by_it_and_is_how_the_run_ended(
     assert train._preempted(rank(0, met=True), Preempted("stopped by SIGTERM")) == EXIT_MACHINE
     status = read_json(RunDir.of("tiny").status)
     assert (status["state"], status["exit_code"], status["reason"]) == ("failed", EXIT_MACHINE, "[rank 1] no memory")
+
+
+def test_a_rank_that_was_left_alone_is_not_the_cause(rank: Callable[..., train._Begun], capsys: pytest.CaptureFixture):
+    assert train._failed(rank(1, met=True), RankLost("rank 0 is gone"), debug=False) == EXIT_MACHINE
+    assert capsys.readouterr().err == "" and not RunDir.of("tiny").status.exists()
 
 
 def test_a_rank_writes_nothing_into_a_folder_that_the_main_process_may_not_have(rank: Callable[..., train._Begun]):
