@@ -22,9 +22,9 @@ NONE, FSDP, ZERO3 = "whole weights", "FSDP", "DeepSpeed ZeRO-3"  # how processes
 
 def sharding(environment: Mapping[str, str]) -> str:
     """How a launch with these variables shares a model out: NONE, FSDP, or DeepSpeed with its stage."""
-    if environment.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+    if process.is_set(environment, "ACCELERATE_USE_FSDP"):
         return FSDP
-    if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
+    if process.is_set(environment, "ACCELERATE_USE_DEEPSPEED"):
         stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
         return f"DeepSpeed ZeRO-{stage}" if stage else "DeepSpeed"
     return NONE

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,11 @@ PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 OUTCOME_FILE = "LORA_RECIPES_OUTCOME_FILE"
 THREADS = "LORA_RECIPES_THREADS"  # of a CPU run that repeats another: sums depend on how they are shared out
 SHUTDOWN = "600"  # seconds that torchrun gives its ranks to save, instead of 30
+
+
+def is_set(environment: Mapping[str, str], name: str) -> bool:
+    """Whether a variable is what accelerate takes for true. (Its own parser would import all of it.)"""
+    return environment.get(name, "").lower() in ("y", "yes", "t", "true", "on", "1")
 
 
 def prepare() -> None:

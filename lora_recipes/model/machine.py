@@ -41,9 +41,7 @@ UNPAGED = {
 BITSANDBYTES = ("8bit", "paged", "bnb")  # in the names of its optimizers, whose states cannot be shared out by FSDP
 SHARDABLE = "adamw_torch_fused"
 
-# How `accelerate launch` hands `use_cpu` on, and what accelerate takes for true (its own parser would import all of it).
-USE_CPU = "ACCELERATE_USE_CPU"
-TRUE = ("y", "yes", "t", "true", "on", "1")
+USE_CPU = "ACCELERATE_USE_CPU"  # how `accelerate launch` hands `use_cpu` on
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def multiplies_bf16() -> bool:
 
 def launched_on_cpu() -> bool:
     """Whether `accelerate launch` was told to use the CPU (`use_cpu: true` in its config), which the Trainer obeys."""
-    return os.environ.get(USE_CPU, "").lower() in TRUE
+    return process.is_set(os.environ, USE_CPU)
 
 
 def why_cpu(recipe: Recipe) -> str | None:

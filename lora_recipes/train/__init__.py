@@ -233,9 +233,8 @@ def _preempted(begun: _Begun, stopped: Preempted) -> int:
     from lora_recipes import console
 
     main = os.environ.get("RANK", "0") == "0"
-    if (
-        main and not begun.opened and (told := begun.told_since()).get("state") == "failed"
-    ):  # another rank, which ended this one
+    told = begun.told_since() if main and not begun.opened else {}
+    if told.get("state") == "failed":  # by another rank, and the launcher ended this one
         return _ended(told["exit_code"], told["reason"])
     if main:
         console.say(str(stopped), "yellow")

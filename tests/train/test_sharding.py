@@ -55,7 +55,7 @@ def refused(path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("environment", "keys", "said"), IMPOSSIBLE)
-def test_what_no_process_can_do_with_its_part_is_refused_with_the_way_out(
+def test_what_no_process_can_do_with_its_part_is_refused_with_the_way_out_and_alone_it_is_trained(
     write_recipe: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     environment: dict[str, str],
@@ -63,20 +63,10 @@ def test_what_no_process_can_do_with_its_part_is_refused_with_the_way_out(
     said: str,
 ):
     path = write_recipe(**keys)
+    refused(path, {}, monkeypatch)
     with pytest.raises(RecipeError) as caught:
         refused(path, environment, monkeypatch)
     assert str(caught.value).startswith(f"{path}:") and said in str(caught.value)
-
-
-@pytest.mark.parametrize(("environment", "keys", "said"), IMPOSSIBLE)
-def test_alone_it_is_trained(
-    write_recipe: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    environment: dict[str, str],
-    keys: dict[str, Any],
-    said: str,
-):
-    refused(write_recipe(**keys), {}, monkeypatch)
 
 
 def test_fsdp_without_a_gpu_is_refused(write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
