@@ -18,7 +18,7 @@ from lora_recipes.errors import MachineError
 from lora_recipes.recipe import Recipe
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-MMAP_THRESHOLD, TRIM_THRESHOLD = 1 << 20, 64 << 20  # bytes
+MMAP_THRESHOLD, TRIM_THRESHOLD = 4 << 20, 64 << 20  # bytes
 MOST_MAPPED, NEVER = 32 << 20, 1 << 30  # bytes; older versions of glibc take no larger threshold of mapping
 # (limit, in use, statistics, their key for idle file cache) of a container's memory, version 2 and version 1.
 CONTROL_GROUPS = (

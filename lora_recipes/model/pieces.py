@@ -1,18 +1,17 @@
-"""A micro-batch as a CPU computes it best: cut into pieces of rows of like length, each forward and backward by itself."""
+"""A micro-batch as a CPU computes it best: rows end to end without padding, what they share once, each piece by itself."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 
+from lora_recipes.model.attention import Rows
 from lora_recipes.model.compare import IGNORED
 
-TOGETHER = 512  # tokens of a piece with its padding; a row that is longer is a piece by itself
-# Tokens that take as long as a forward and backward does beside its tokens (operators of every layer are started, weights
-# are read): between 40 in float32 and 110 in bf16 on a CPU with AMX, for SmolLM2-135M.
-OVERHEAD = 64
+TOGETHER = 512  # tokens of a piece; a row that is longer is a piece by itself
+
+Row = tuple[torch.Tensor, torch.Tensor]  # ids and labels, without padding
 
 
 def takes_own_loss(training: Mapping[str, Any], config: PreTrainedConfig) -> bool:
@@ -35,42 +34,85 @@ def takes_pieces(training: Mapping[str, Any], config: PreTrainedConfig) -> bool:
 
 
 def largest_piece(rows: int, length: int) -> tuple[int, int]:
-    """(rows, tokens) of the largest piece of a micro-batch whose rows are at most this long: two shorter rows may be more."""
-    shapes = [(count, min(length, TOGETHER // count)) for count in range(1, min(rows, TOGETHER) + 1)]
-    return max([(1, length), *shapes], key=lambda shape: (shape[0] * shape[1], shape[1]))
+    """(rows, tokens) of the largest piece of a micro-batch whose rows are at most this long: it is one flat row."""
+    return 1, max(length, min(rows * length, TOGETHER))
 
 
-def pieces(inputs: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
-    """The micro-batch in pieces that together hold every token once.
+def pieces(inputs: dict[str, Any], *, flat: bool = True) -> list[dict[str, Any]]:
+    """The micro-batch in pieces that together hold every row once.
 
-    A causal model reads a row the same whoever stands beside or behind it, so only the order of sums differs. (Not so where
-    positions are scaled by the length of the whole batch, as in Phi-3's longrope beyond its original length.)
+    A causal model reads a row the same whoever stands beside it, so only the order of sums differs. (Not so where positions
+    are scaled by the length of the whole batch, as in Phi-3's longrope beyond its original length.) A beginning that the
+    rows of a piece share, and that none of them is trained on, is computed once: its gradient is the sum of theirs.
 
     Args:
         inputs: of a collator, padded on the right: `input_ids`, `labels` and `attention_mask`, each [rows, tokens]; or packed:
             one row of documents, each of which begins where `position_ids` is 0.
+        flat: the model takes several rows end to end (`model.attention`); else each row is a piece.
 
     Returns:
-        `input_ids`, `labels` and `attention_mask` of each piece, the longest rows last.
+        `input_ids`, `labels` and, where flat, `position_ids` of each piece, [1, tokens]; `rows`: where they lie; `tokens`: of
+        its rows, what they share counted for each. The pieces with the longest rows last.
     """
-    rows = sorted(rows_of(inputs), key=lambda row: -len(row[0]))
-    found, first = [], 0
-    for end in _ends([len(ids) for ids, _ in rows]):
-        ids, labels = zip(*rows[first:end], strict=True)
-        kept = [torch.ones_like(row) for row in ids]
-        found.append(
-            {
-                "input_ids": pad_sequence(ids, batch_first=True),
-                "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-                "attention_mask": pad_sequence(kept, batch_first=True),
-            }
-        )
-        first = end
-    return found[::-1]
+    found = sorted(rows_of(inputs), key=lambda row: -len(row[0]))
+    if not flat:
+        return [_alone(row) for row in found[::-1]]
+    shared = _shared(found)
+    together: list[list[Row]] = []
+    for row in found:
+        for piece in together:
+            if shared + sum(len(ids) - shared for ids, _ in [*piece, row]) <= TOGETHER:
+                piece.append(row)
+                break
+        else:
+            together.append([row])
+    return [_end_to_end(piece, shared if len(piece) > 1 else 0) for piece in together[::-1]]
 
 
-def rows_of(inputs: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(ids, labels) of each row or packed document, without padding."""
+def _alone(row: Row) -> dict[str, Any]:
+    ids, labels = row
+    return {"input_ids": ids[None], "labels": labels[None], "tokens": len(ids)}
+
+
+def _end_to_end(rows: list[Row], shared: int) -> dict[str, Any]:
+    ids, labels, places = [rows[0][0][:shared]], [rows[0][1][:shared]], [torch.arange(shared)]
+    ends: list[int] = []
+    for own, wanted in rows:
+        rest = wanted[shared:].clone()
+        rest[0] = IGNORED  # nothing of its row stands before it that would predict it
+        ids.append(own[shared:])
+        labels.append(rest)
+        places.append(torch.arange(shared, len(own)))
+        ends.append((ends[-1] if ends else shared) + len(rest))
+    return {
+        "input_ids": torch.cat(ids)[None],
+        "labels": torch.cat(labels)[None],
+        "position_ids": torch.cat(places)[None],
+        "rows": Rows(shared, tuple(ends)),
+        "tokens": sum(len(own) for own, _ in rows),
+    }
+
+
+def _whole(ids: torch.Tensor, labels: torch.Tensor, shared: int, first: int, end: int) -> Row:
+    one, other = slice(0, shared), slice(first, end)
+    return torch.cat((ids[one], ids[other])), torch.cat((labels[one], labels[other]))
+
+
+def _shared(rows: list[Row]) -> int:
+    """Tokens with which all rows begin, and behind which none of them is trained on the next one; each keeps one of its own."""
+    if len(rows) == 1:
+        return 0
+    length = min(len(ids) for ids, _ in rows) - 1
+    ids = torch.stack([ids[:length] for ids, _ in rows])
+    trained = torch.stack([labels[1 : length + 1] != IGNORED for _, labels in rows])
+    return int(((ids == ids[0]).all(0) & ~trained.any(0)).int().cumprod(0).sum())
+
+
+def rows_of(inputs: dict[str, Any]) -> list[Row]:
+    """Each row or packed document of a micro-batch or of a piece."""
+    if rows := inputs.get("rows"):
+        ids, labels = inputs["input_ids"][0], inputs["labels"][0]
+        return [_whole(ids, labels, rows.shared, first, end) for first, end, _ in rows.spans() if end > rows.shared]
     found = []
     places, mask = inputs.get("position_ids"), inputs.get("attention_mask")
     for number, (ids, labels) in enumerate(zip(inputs["input_ids"], inputs["labels"], strict=True)):
@@ -82,26 +124,3 @@ def rows_of(inputs: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         found += [(ids[start:end], labels[start:end]) for start, end in cuts]
     # A document of one token has nothing to predict; padding at the end of a packed row looks like many of them.
     return [row for row in found if len(row[0]) > 1] or found[:1]
-
-
-def _ends(lengths: list[int]) -> list[int]:
-    """Where each piece ends, so that padding and overhead together cost least.
-
-    Args:
-        lengths: of all rows, falling: the first of a piece says how far the others are padded.
-    """
-    cost, before = [0], [0]  # of the first n rows, and where the last piece of them begins
-    for end in range(1, len(lengths) + 1):
-        options = [
-            (cost[first] + lengths[first] * (end - first) + OVERHEAD, first)
-            for first in range(end)
-            if end - first == 1 or lengths[first] * (end - first) <= TOGETHER
-        ]
-        least, first = min(options)
-        cost.append(least)
-        before.append(first)
-    found, end = [], len(lengths)
-    while end:
-        found.append(end)
-        end = before[end]
-    return found[::-1]

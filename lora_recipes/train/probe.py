@@ -65,7 +65,10 @@ class LongestFirst(TrainerCallback):
         trainer.model_wrapped.train()
         with torch.random.fork_rng(devices=devices):
             inputs = trainer._prepare_inputs(batch)
-            with trainer.maybe_activation_offload_context:  # which TRL enters around its training_step
+            with (
+                trainer.attending(),
+                trainer.maybe_activation_offload_context,
+            ):  # TRL enters it around its training_step
                 with trainer.compute_loss_context_manager():
                     count = (inputs["labels"][:, 1:] >= 0).sum()
                     loss = trainer.compute_loss(trainer.model_wrapped, inputs, num_items_in_batch=count)

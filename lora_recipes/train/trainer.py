@@ -1,7 +1,7 @@
 """One `SFTTrainer` out of the recipe's sections, and the steps and loss that suit a CPU."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from lora_recipes.data.find import place_of
 from lora_recipes.data.load import LoadedData
 from lora_recipes.data.masks import IGNORED
 from lora_recipes.errors import RecipeError
+from lora_recipes.model.attention import attending, takes_rows
 from lora_recipes.model.build import refusals_of
 from lora_recipes.model.initialise import (
     EVA_BATCHES,
@@ -55,9 +56,11 @@ class RecipeTrainer(GuardedTrainer):
         batch_shape: of what was computed last: a micro-batch, or a piece of one.
         optimizer_settings: the recipe's own keys for LoRA+ or LoRA-FA.
         recipe: that is trained.
+        flat: on a CPU: the model takes rows end to end.
     """
 
     recipe: Recipe
+    flat: bool = False
     batch_shape: tuple[int, ...] | None = None
     optimizer_settings: Mapping[str, Any] = {}
     _pieces = 1  # of the micro-batch, that are still to come
@@ -79,9 +82,9 @@ class RecipeTrainer(GuardedTrainer):
 
     def largest_piece(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Of what `training_step` makes of a micro-batch, the piece that takes most memory: all of it, unless on a CPU."""
-        if not self._cuts():
+        if not self.cuts():
             return inputs
-        return max(pieces(inputs), key=lambda piece: piece["input_ids"].numel())
+        return max(self._cut(inputs), key=lambda piece: piece["input_ids"].numel())
 
     def training_step(
         self,
@@ -90,28 +93,29 @@ class RecipeTrainer(GuardedTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """The Trainer's step; on a CPU once for each piece of the micro-batch, whose gradients add up to the same."""
-        if num_items_in_batch is None or not self._cuts():
+        if num_items_in_batch is None or not self.cuts():
             return super().training_step(model, inputs, num_items_in_batch)
-        cut = pieces(inputs)
+        cut = self._cut(inputs)
         self._pieces, self._seen = len(cut), 0
         losses = []
-        for number, piece in enumerate(cut, start=1):
-            # Gradients of other ranks are waited for once a micro-batch.
-            with nullcontext() if number == len(cut) else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, piece, num_items_in_batch))
+        with self.attending():
+            for number, piece in enumerate(cut, start=1):
+                # Gradients of other ranks are waited for once a micro-batch.
+                with nullcontext() if number == len(cut) else self.accelerator.no_sync(model):
+                    losses.append(super().training_step(model, piece, num_items_in_batch))
         return torch.stack(losses).sum()
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor | None, Any, Any]:
         """TRL's evaluation of a micro-batch; on a CPU the same in pieces, where nothing but the loss is asked for."""
-        if not prediction_loss_only or not self._cuts():
+        if not prediction_loss_only or not self.cuts():
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         self.heed_stop()
-        cut = pieces(self._prepare_inputs(inputs))
+        cut = self._cut(self._prepare_inputs(inputs))
         divisor = max(1, sum(int(_scored(piece["labels"]).sum()) for piece in cut))
         self._pieces, self._seen = len(cut), 0
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.compute_loss_context_manager(), self.attending():
             return torch.stack([self._own_loss(model, piece, divisor) for piece in cut]).sum(), None, None
 
     def compute_loss(
@@ -138,7 +142,7 @@ class RecipeTrainer(GuardedTrainer):
         scored = _scored(inputs["labels"])
         targets = inputs["labels"][:, 1:][scored]
         # Rows are padded on the right, where no real token of a causal model looks: no attention mask is needed.
-        forwarded = {key: inputs[key] for key in ("input_ids", "position_ids") if key in inputs}
+        forwarded = {key: inputs[key] for key in ("input_ids", "position_ids", "rows") if key in inputs}
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda module, arguments: (arguments[0][:, :-1][scored], *arguments[1:]))
         try:
@@ -149,7 +153,15 @@ class RecipeTrainer(GuardedTrainer):
         self._count(model.training, inputs, correct)
         return loss
 
-    def _cuts(self) -> bool:
+    def attending(self) -> AbstractContextManager[None]:
+        """In which pieces are computed, forward and backward."""
+        return attending(self.accelerator.unwrap_model(self.model)) if self.flat else nullcontext()
+
+    def _cut(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        return pieces(inputs, flat=self.flat)
+
+    def cuts(self) -> bool:
+        """Whether micro-batches are computed in pieces."""
         return self._suits_cpu_loss() and takes_pieces(vars(self.args), self.model.config)
 
     def _suits_cpu_loss(self) -> bool:
@@ -158,10 +170,8 @@ class RecipeTrainer(GuardedTrainer):
     def _count(self, training: bool, inputs: dict[str, torch.Tensor], correct: torch.Tensor) -> None:
         """The metrics that TRL logs, once a micro-batch, summed over its pieces and over ranks as TRL does."""
         mode = "train" if training else "eval"
-        tokens = (
-            inputs["attention_mask"].sum() if "attention_mask" in inputs else torch.tensor(inputs["input_ids"].numel())
-        )
-        self._seen = self._seen + torch.stack([correct.sum(), torch.tensor(correct.numel()), tokens])
+        tokens = inputs.get("tokens", inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum())
+        self._seen = self._seen + torch.stack([correct.sum(), *map(torch.as_tensor, (correct.numel(), tokens))])
         self._pieces -= 1
         if self._pieces > 0:
             return
@@ -222,6 +232,8 @@ def build_trainer(
         choices.made.append(Choice("frozen weights", "bf16", "autocast would cast them anew in every forward"))
     if trainer.args.device.type == "cpu" and any(choices.training.get(key) for key in COMPILE_KEYS):
         _compile_layers(trainer.model, choices)
+    elif trainer.cuts():
+        trainer.flat = takes_rows(trainer.model, bf16=trainer.args.bf16)
     trainer.optimizer_settings = {key: choices.training[key] for key in OPTIMIZER_KEYS if choices.training.get(key)}
     freeze_what_never_moves(trainer.model, recipe, trainer.optimizer_settings)
     return trainer

@@ -1,10 +1,10 @@
-"""A micro-batch in pieces: every token once, next to no padding, no piece larger than it may be."""
+"""A micro-batch in pieces: every row once, no padding, what rows share once, no piece larger than it may be."""
 
 import pytest
 import torch
 
 from lora_recipes.model.compare import IGNORED
-from lora_recipes.model.pieces import OVERHEAD, TOGETHER, largest_piece, pieces
+from lora_recipes.model.pieces import largest_piece, pieces, rows_of
 
 
 def batch(*lengths: int) -> dict[str, torch.Tensor]:
@@ -27,49 +27,74 @@ def packed(*lengths: int) -> dict[str, torch.Tensor]:
     return joined | {"position_ids": torch.cat([torch.arange(length) for length in lengths])[None]}
 
 
-def rows_of(cut: list[dict[str, torch.Tensor]]) -> list[tuple[list[int], list[int]]]:
-    found = []
-    for piece in cut:
-        for ids, labels, mask in zip(piece["input_ids"], piece["labels"], piece["attention_mask"], strict=True):
-            length = int(mask.sum())
-            assert mask[:length].all() and (labels[length:] == IGNORED).all()
-            found.append((ids[:length].tolist(), labels[:length].tolist()))
-    return sorted(found)
-
-
 LENGTHS = [(7,), (50, 50, 50, 50), (500, 20, 30, 25), (800, 790, 3), tuple(range(1, 130, 9)), (512, 256, 256, 1)]
 
 
+@pytest.mark.parametrize("flat", [True, False], ids=["flat", "alone"])
 @pytest.mark.parametrize("made", [batch, packed], ids=["padded", "packed"])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_the_pieces_hold_every_row_once_and_are_never_larger_than_planned(made, lengths: tuple[int, ...]):
-    cut = pieces(made(*lengths))
+def test_the_pieces_hold_every_row_once_and_are_never_larger_than_planned(made, lengths: tuple[int, ...], flat: bool):
+    cut = pieces(made(*lengths), flat=flat)
     whole = batch(*lengths)
     expected = [
         (whole["input_ids"][n, :length].tolist(), whole["labels"][n, :length].tolist())
         for n, length in enumerate(lengths)
         if length > 1  # one token has nothing to predict
     ]
-    assert rows_of(cut) == sorted(expected)
+    assert sorted(told(cut)) == sorted(expected)
     rows, length = largest_piece(len(lengths), max(lengths))
-    assert max(piece["input_ids"].numel() for piece in cut) <= max(rows * length, TOGETHER)
+    assert max(piece["input_ids"].numel() for piece in cut) <= rows * length
+    assert sum(piece["tokens"] for piece in cut) == sum(len(ids) for ids, _ in expected)
+    assert flat or all("rows" not in piece for piece in cut)
 
 
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_the_cut_costs_no_more_than_one_by_one_or_all_at_once(lengths: tuple[int, ...]):
-    cut = pieces(batch(*lengths))
-    cost = sum(piece["input_ids"].numel() + OVERHEAD for piece in cut)
-    assert cost <= sum(length + OVERHEAD for length in lengths)
-    if len(lengths) * max(lengths) <= TOGETHER:
-        assert cost <= len(lengths) * max(lengths) + OVERHEAD
+def told(cut: list[dict]) -> list[tuple[list[int], list[int]]]:
+    """A row's first label is of a token that nothing predicts."""
+    return [(ids.tolist(), labels.tolist()) for piece in cut for ids, labels in rows_of(piece)]
 
 
 def test_padding_at_the_end_of_a_packed_row_is_not_computed():
     one = packed(30, 20)
     padded = {key: torch.cat([rows, torch.zeros((1, 14), dtype=torch.long)], dim=1) for key, rows in one.items()}
-    assert rows_of(pieces(padded)) == rows_of(pieces(one))
+    assert told(pieces(padded)) == told(pieces(one))
     assert len(pieces(packed(1))) == 1
 
 
-def test_rows_of_like_length_go_together_and_a_long_one_alone():
-    assert [tuple(piece["input_ids"].shape) for piece in pieces(batch(20, 500, 30, 25))] == [(3, 30), (1, 500)]
+def test_rows_lie_end_to_end_and_fill_a_piece_before_the_next_one_is_begun():
+    assert [piece["rows"].ends for piece in pieces(batch(20, 400, 300, 25))] == [(300,), (400, 425, 445)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shared"),
+    [
+        ([[1, 2, 3, 4, 5], [1, 2, 3, 6]], 3),
+        ([[1, 2, 3], [1, 2, 3]], 2),  # a last token of the prompt predicts the first of an answer, which is trained
+        ([[1, 2, 3, 4], [1]], 0),  # of the second row nothing but the first token is untrained
+        ([[1, 2], [3, 2]], 0),
+        ([[], []], 0),
+        ([[1, 2, 3, 4]], 0),  # nobody to share with
+    ],
+    ids=str,
+)
+def test_the_beginning_that_all_rows_share_and_none_is_trained_behind_is_there_once(
+    prompts: list[list[int]], shared: int
+):
+    answer = [7, 7, 7]
+    rows = [(prompt + answer, [IGNORED] * len(prompt) + answer) for prompt in prompts]
+    wide = max(len(ids) for ids, _ in rows)
+    padded = {
+        "input_ids": torch.tensor([ids + [0] * (wide - len(ids)) for ids, _ in rows]),
+        "labels": torch.tensor([labels + [IGNORED] * (wide - len(labels)) for _, labels in rows]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (wide - len(ids)) for ids, _ in rows]),
+    }
+    (piece,) = pieces(padded)
+    assert piece["rows"].shared == shared
+    assert piece["input_ids"].numel() == sum(len(ids) for ids, _ in rows) - shared * (len(rows) - 1)
+    found = {tuple(ids): labels for ids, labels in told([piece])}
+    for ids, labels in rows:  # what predicts a trained token predicts it still
+        assert found[tuple(ids)][1:] == labels[1:]
+    places = piece["position_ids"][0].tolist()
+    assert places == [
+        *range(shared),
+        *(at for ids, _ in sorted(rows, key=lambda row: -len(row[0])) for at in range(shared, len(ids))),
+    ]

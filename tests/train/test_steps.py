@@ -55,18 +55,30 @@ def require_same(one: Step, other: Step) -> None:
 
 
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 def test_a_step_in_pieces_is_the_step_of_the_whole_micro_batch(
-    write_recipe: Callable[..., Path], loss_type: str, packing: bool, monkeypatch: pytest.MonkeyPatch
+    write_recipe: Callable[..., Path],
+    loss_type: str,
+    packing: bool,
+    checkpointing: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    made = off_the_start(make_trainer(write_recipe(training={"loss_type": loss_type, "packing": packing})))
-    monkeypatch.setattr("lora_recipes.model.pieces.TOGETHER", 100)
-    cut: list[int] = []
+    keys = {"loss_type": loss_type, "packing": packing, "activation_checkpointing": checkpointing}
+    made = off_the_start(make_trainer(write_recipe(training=keys)))
+    monkeypatch.setattr("lora_recipes.model.pieces.TOGETHER", 300)
+    cut: list[list[dict[str, Any]]] = []
     real = trainer.pieces
-    monkeypatch.setattr(trainer, "pieces", lambda inputs: cut.append(len(found := real(inputs))) or found)
+    monkeypatch.setattr(trainer, "pieces", lambda *given, **named: cut.append(found := real(*given, **named)) or found)
+    assert made.flat
     ours = one_step(made)
-    assert cut[0] > 1  # there was something to cut
-    monkeypatch.setattr(trainer, "pieces", lambda inputs: [inputs])
+    assert len(cut[0]) > 1  # there was something to cut
+    assert any(piece["rows"].shared for piece in cut[0]) and any(len(piece["rows"].ends) > 1 for piece in cut[0])
+    made.flat = False
+    alone = one_step(made)
+    assert len(cut[1]) > len(cut[0])
+    require_same(ours, alone)
+    monkeypatch.setattr(trainer, "pieces", lambda inputs, *, flat: [inputs])
     require_same(ours, one_step(made))
 
 
@@ -74,7 +86,7 @@ def test_the_losses_of_a_run_are_those_of_the_plain_path(
     write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ):
     """Step by step, with accumulation: TRL's own loss on padded micro-batches, and ours."""
-    monkeypatch.setattr("lora_recipes.model.pieces.TOGETHER", 100)
+    monkeypatch.setattr("lora_recipes.model.pieces.TOGETHER", 300)
     keys = {"max_steps": 6, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
     assert launch(str(write_recipe("pieces", training=keys)), []) == 0
     monkeypatch.setattr(RecipeTrainer, "_suits_cpu_loss", lambda self: False)
@@ -160,12 +172,12 @@ def test_an_evaluation_in_pieces_is_the_evaluation_of_whole_micro_batches(
     write_recipe: Callable[..., Path], packing: bool, monkeypatch: pytest.MonkeyPatch
 ):
     made = off_the_start(make_trainer(write_recipe(training={"per_device_eval_batch_size": 5, "packing": packing})))
-    monkeypatch.setattr("lora_recipes.model.pieces.TOGETHER", 100)
-    cut: list[int] = []
+    monkeypatch.setattr("lora_recipes.model.pieces.TOGETHER", 300)
+    cut: list[list[dict[str, Any]]] = []
     real = trainer.pieces
-    monkeypatch.setattr(trainer, "pieces", lambda inputs: cut.append(len(found := real(inputs))) or found)
+    monkeypatch.setattr(trainer, "pieces", lambda *given, **named: cut.append(found := real(*given, **named)) or found)
     ours = made.evaluate()
-    assert max(cut) > 1
+    assert max(map(len, cut)) > 1
     monkeypatch.setattr(RecipeTrainer, "_suits_cpu_loss", lambda self: False)
     trls = made.evaluate()
     for name in ("eval_loss", "eval_mean_token_accuracy"):
@@ -196,7 +208,7 @@ def test_steps_are_cut_and_planned_alike_where_trl_adds_nothing_to_the_loss(
     path = write_recipe(model={"pretrained_model_name_or_path": name}, training=training)
     made = make_trainer(path)
     assert made._suits_cpu_loss() is own is not (made.aux_loss_enabled or made.label_smoother is not None)
-    assert made._cuts() is cut
+    assert made.cuts() is cut
     recipe = load_recipe(path)
     estimate = Estimate(recipe, config_of(recipe), target_for(recipe))
     assert estimate.cuts is cut and (estimate.step().loss == "positions") is own

@@ -1,0 +1,287 @@
+"""Causal attention on a CPU of rows that lie end to end, behind a beginning that they share: in blocks of matrix products."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+
+NAME = "rows_end_to_end"
+BLOCK = 96  # tokens whose scores are computed at a time: fewer are slower products, more are scores that nobody needs
+LAYERS = {"full_attention", "sliding_attention"}  # of a config's `layer_types`
+
+
+@dataclass
+class Rows:
+    """Where the rows of one flat sequence lie.
+
+    Attributes:
+        shared: tokens of the sequence's beginning, which is every row's beginning.
+        ends: where the rest of each row ends; the first begins behind what is shared.
+        layers: that have attended so far.
+    """
+
+    shared: int
+    ends: tuple[int, ...]
+    layers: int = 0
+    _scratch: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def spans(self) -> Iterator[tuple[int, int, int]]:
+        """(first, end, tokens before it that are of its row too) of what is shared, then of each row's rest."""
+        if self.shared:
+            yield 0, self.shared, 0
+        first = self.shared
+        for end in self.ends:
+            yield first, end, self.shared
+            first = end
+
+    def scratch(self, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        """Memory without values that all layers of a step use in turn: what is mapped anew costs more than what is computed."""
+        size = torch.Size(shape).numel()
+        if name not in self._scratch or self._scratch[name].numel() < size:
+            self._scratch[name] = torch.empty(size, dtype=dtype)
+        return self._scratch[name][:size].view(shape)
+
+
+@contextmanager
+def attending(model: torch.nn.Module) -> Iterator[None]:
+    """Meanwhile the model takes flat sequences, of which `rows` says who sees whom; backward must be in it too."""
+    AttentionInterface.register(NAME, attend)
+    config = model.config.get_text_config()
+    usual, config._attn_implementation = config._attn_implementation, NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
+
+
+def takes_rows(model: PreTrainedModel, *, bf16: bool) -> bool:
+    """Whether this model computes of rows that lie end to end what it computes of each by itself: by trying it.
+
+    Not so where a layer keeps a state from token to token or caps its scores, or where the model's code does not hand on
+    what it is given. The random state stays as it is.
+
+    Args:
+        model: with its adapter, if any.
+        bf16: it computes under autocast.
+    """
+    config = model.config.get_text_config()
+    if config._attn_implementation != "sdpa" or set(getattr(config, "layer_types", None) or LAYERS) - LAYERS:
+        return False
+    ids = torch.arange(1, 13) * config.vocab_size // 14  # ordinary tokens: those that steer a chat stand at either end
+    first, second = ids[:8], torch.cat((ids[:3], ids[8:]))
+    rows = Rows(3, (8, 12))
+    flat = {"input_ids": ids[None], "position_ids": torch.tensor([[*range(8), *range(3, 7)]]), "rows": rows}
+    trains = model.training
+    model.train()
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16)
+
+    def logits(**inputs: Any) -> torch.Tensor:
+        return model(**inputs, use_cache=False).logits.float()
+
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), autocast:
+            with attending(model):
+                logits(**flat)  # in training, where attention's dropout would be seen
+                model.eval()
+                found = logits(**flat)[0]
+            if rows.layers != 2 * config.num_hidden_layers:
+                return False
+            wanted = torch.cat((logits(input_ids=first[None])[0], logits(input_ids=second[None])[0, 3:]))
+            alone = logits(input_ids=ids[:, None])[:, 0]
+    except (NotImplementedError, TypeError):
+        return False
+    finally:
+        model.train(trains)
+    # Measured by what a token's context does to it: an error of rounding is far below that in any type.
+    return bool((found - wanted).norm(dim=-1).max() < 0.1 * (alone - wanted).norm(dim=-1).median())
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    rows: Rows,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention function of transformers, for one flat sequence.
+
+    Args:
+        query: [1, heads, tokens, size of a head]; key and value: [1, key heads, tokens, size].
+        attention_mask: not used: `rows` says who sees whom.
+
+    Returns:
+        [1, tokens, heads, size].
+
+    Raises:
+        NotImplementedError: the layer asks for more than causal attention with a window.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if dropout or not causal or any(one is not None for one in (softcap, s_aux, position_bias)):
+        raise NotImplementedError("attention with dropout, a cap, sinks or a bias")
+    low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rows.layers += 1
+    with torch.autocast("cpu", enabled=False):
+        out = _Attention.apply(query[0], key[0], value[0], rows, scale, sliding_window, low)
+    return out[None], None
+
+
+class _Attention(torch.autograd.Function):
+    """Scores are computed from values of the low type and kept in float32; other products are of the low type.
+
+    The heads that share a key lie beside each other as further rows of one product: [key heads, tokens x heads a key, size].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rows: Rows,
+        scale: float,
+        window: int | None,
+        low: torch.dtype,
+    ) -> torch.Tensor:
+        heads, tokens, _ = query.shape
+        group = heads // len(key)
+        q, k, v = _by_key(query, group, low), key.to(low).contiguous(), value.to(low).contiguous()
+        out = torch.empty(tokens, heads, v.shape[-1], dtype=low)
+        exact_q, exact_k = q.float(), k.float()
+        for span in rows.spans():
+            keys, values = _seen(exact_k, span), _seen(v, span)
+            for block in _blocks(span, window):
+                own = slice(block.first * group, block.end * group)
+                chance = _chances(rows, exact_q[:, own], keys[:, block.columns], scale, block, group)
+                part = torch.bmm(_to(low, chance, rows), values[:, block.columns])
+                _tokens_first(out, block, len(k)).copy_(part.view(len(k), -1, group, v.shape[-1]))
+        ctx.save_for_backward(q, k, v)
+        ctx.rows, ctx.scale, ctx.window, ctx.group = rows, scale, window, group
+        ctx.types = query.dtype, key.dtype, value.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        rows, scale, group, low = ctx.rows, ctx.scale, ctx.group, q.dtype
+        grad = _by_key(grad.transpose(0, 1), group, low)
+        exact_q, exact_k, exact_v, exact_grad = q.float(), k.float(), v.float(), grad.float()
+        tokens, heads = k.shape[1], len(k) * group
+        of_q = torch.empty(tokens, heads, q.shape[-1], dtype=ctx.types[0])
+        of_k, of_v = torch.zeros_like(exact_k), torch.zeros_like(exact_v)
+        for span in rows.spans():
+            keys, low_keys, values = _seen(exact_k, span), _seen(k, span), _seen(exact_v, span)
+            slope_k, slope_v = torch.zeros_like(keys), torch.zeros_like(values)
+            for block in _blocks(span, ctx.window):
+                own, seen = slice(block.first * group, block.end * group), block.columns
+                chance = _chances(rows, exact_q[:, own], keys[:, seen], scale, block, group)
+                of_chance, of_scores = (
+                    rows.scratch(name, torch.float32, *chance.shape) for name in ("scores", "slopes")
+                )
+                torch.bmm(exact_grad[:, own], values[:, seen].mT, out=of_chance)
+                torch._softmax_backward_data(of_chance, chance, -1, torch.float32, grad_input=of_scores)
+                slope_v[:, seen] += torch.bmm(_to(low, chance, rows).mT, grad[:, own])
+                slope = _to(low, of_scores, rows)
+                slope_k[:, seen] += torch.bmm(slope.mT, q[:, own])
+                part = torch.bmm(slope, low_keys[:, seen])
+                _tokens_first(of_q, block, len(k)).copy_(part.view(len(k), -1, group, q.shape[-1]))
+            first, end, shared = span
+            for whole, part in ((of_k, slope_k), (of_v, slope_v)):
+                whole[:, first:end] += part[:, shared:]
+                whole[:, :shared] += part[:, :shared]
+        of_q = of_q.mul_(scale).transpose(0, 1)
+        return of_q, of_k.mul_(scale).to(ctx.types[1]), of_v.to(ctx.types[2]), None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Tokens first to end of the sequence, which see `columns` of their row.
+
+    Attributes:
+        place: of the first token in its row.
+        window: tokens that one sees, itself included.
+    """
+
+    first: int
+    end: int
+    place: int
+    window: int | None
+    columns: slice
+
+
+def _blocks(span: tuple[int, int, int], window: int | None) -> Iterator[_Block]:
+    """The span in parts of about equal length."""
+    first, end, before = span
+    count = max(1, round((end - first) / BLOCK))
+    cuts = [first + (end - first) * number // count for number in range(count + 1)]
+    for at, to in pairwise(cuts):
+        place = before + at - first
+        oldest = max(0, place - window + 1) if window else 0
+        yield _Block(at, to, place, window, slice(oldest, place + to - at))
+
+
+def _chances(
+    rows: Rows, query: torch.Tensor, keys: torch.Tensor, scale: float, block: _Block, group: int
+) -> torch.Tensor:
+    """[key heads, tokens x group, columns] in float32: how much each token takes of each that it sees."""
+    scores = rows.scratch("scores", torch.float32, len(keys), query.shape[1], keys.shape[1])
+    torch.bmm(query, keys.mT, out=scores)
+    scores.mul_(scale)
+    count = block.end - block.first
+    scores[..., -count:].add_(_later(count, group))
+    if block.window and (old := block.place + count - block.window - block.columns.start) > 0:
+        scores[..., :old].add_(_older(count, old, block.place - block.window - block.columns.start, group))
+    return torch.softmax(scores, -1, out=rows.scratch("chances", torch.float32, *scores.shape))
+
+
+@lru_cache(maxsize=16)
+def _later(count: int, group: int) -> torch.Tensor:
+    """[tokens x group, tokens]: minus infinity where a token would see a later one, else 0."""
+    hidden = torch.ones(count, count, dtype=torch.bool).triu_(1)
+    return torch.zeros(count, count).masked_fill_(hidden, -torch.inf).repeat_interleave(group, 0)
+
+
+@lru_cache(maxsize=16)
+def _older(count: int, columns: int, diagonal: int, group: int) -> torch.Tensor:
+    """[tokens x group, columns]: minus infinity up to this diagonal, where the window has left a token behind, else 0."""
+    hidden = torch.ones(count, columns, dtype=torch.bool).tril_(diagonal)
+    return torch.zeros(count, columns).masked_fill_(hidden, -torch.inf).repeat_interleave(group, 0)
+
+
+def _by_key(heads_first: torch.Tensor, group: int, low: torch.dtype) -> torch.Tensor:
+    """[heads, tokens, size] -> [key heads, tokens x group, size], in the low type."""
+    heads, tokens, size = heads_first.shape
+    found = torch.empty(heads // group, tokens, group, size, dtype=low)
+    found.copy_(heads_first.unflatten(0, (-1, group)).transpose(1, 2))
+    return found.view(heads // group, tokens * group, size)
+
+
+def _tokens_first(whole: torch.Tensor, block: _Block, key_heads: int) -> torch.Tensor:
+    """Of [tokens, heads, size] the block's part, as [key heads, tokens, group, size]."""
+    return whole[block.first : block.end].unflatten(1, (key_heads, -1)).transpose(0, 1)
+
+
+def _seen(whole: torch.Tensor, span: tuple[int, int, int]) -> torch.Tensor:
+    """Of [key heads, tokens, size] all tokens of a span's row."""
+    first, end, shared = span
+    own = whole[:, first:end]
+    return torch.cat((whole[:, :shared], own), dim=1) if shared else own
+
+
+def _to(low: torch.dtype, values: torch.Tensor, rows: Rows) -> torch.Tensor:
+    return values if values.dtype == low else rows.scratch("low", low, *values.shape).copy_(values)
