@@ -68,8 +68,8 @@ def _of(part: str, name: str) -> Callable[[Row], float | None]:
     return lambda row: (row.get(part) or {}).get(name)
 
 
-def _padded(row: Row) -> float | None:
-    return row["padded_tokens"] / row["real_tokens"] if row.get("real_tokens") else None
+def _computed(row: Row) -> float | None:
+    return row["computed_tokens"] / row["real_tokens"] if row.get("real_tokens") else None
 
 
 def _merged(name: str) -> Callable[[Row], float | None]:
@@ -91,7 +91,7 @@ TRAINING = (
     Column("supervised / CPU s", _key("supervised_per_cpu_second"), best=max, paired=True, device="cpu"),
     Column("real tokens / s", _key("real_per_second"), "{:,.0f}", max, True, "gpu"),
     Column("supervised / s", _key("supervised_per_second"), "{:,.0f}", max, True, "gpu"),
-    Column("padded / real", _padded, "{:.2f}"),
+    Column("computed / real", _computed, "{:.2f}"),
     Column("peak GPU MB", _key("gpu_mb"), "{:,.0f}", min, device="gpu"),
     Column("peak RSS MB", _key("rss_mb"), "{:,.0f}", min),
     Column("held-out loss", _of("held_out", "loss"), "{:.4f}"),

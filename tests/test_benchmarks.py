@@ -21,7 +21,7 @@ def row(peer: str, number: int = 1, rate: float = 10.0, name: str = "qv", **more
         "version": "1",
         "dtype": "float32",
     }
-    found |= {"threads": 1, "asked_steps": 4, "padded_tokens": 30, "real_tokens": 20, "supervised_tokens": 10}
+    found |= {"threads": 1, "asked_steps": 4, "computed_tokens": 30, "real_tokens": 20, "supervised_tokens": 10}
     return found | {"real_per_cpu_second": rate, "supervised_per_cpu_second": rate / 2} | more
 
 

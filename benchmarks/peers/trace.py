@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-KINDS = ("padded", "real", "supervised")
+KINDS = ("computed", "real", "supervised")
 
 
 def figures(path: Path, started: float | None) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 One JSON line a step, appended to the file that BENCH_TRACE names; a process that never steps writes nothing. Counted are:
 
-- padded and real tokens, where ids enter the embedding. Real are those that are not padding at either end of a row, so a
-  program that runs row by row, or batches flattened into one row, is counted by the same rule;
+- computed tokens, where ids enter the embedding, with padding;
+- real tokens: those of the rows, each row's own, that are not padding at either end. Where a `Trainer` is handed its batches they
+  are counted there, before anybody cuts or joins them, else at the embedding: a program that runs row by row, or batches
+  flattened into one row, or what rows share once, is counted by the same rule;
 - supervised tokens and their loss, where targets enter `cross_entropy`;
 - where neither was seen since the last step (a fused loss, a compiled model): the batch and the loss of `Trainer`.
 
@@ -39,7 +41,8 @@ class Counts:
         self.clear()
 
     def clear(self) -> None:
-        self.padded = self.real = self.supervised = 0
+        self.computed = self.real = self.supervised = 0
+        self.handed = 0  # real tokens of the batches that `Trainer` was handed
         self.loss = 0.0  # summed over supervised tokens
         self.batch: dict[str, float] = {}  # the same, as Trainer has it
 
@@ -58,6 +61,11 @@ def real_tokens(row: list[int]) -> int:
     if stop < len(row) and row[stop] == END and not closed:
         stop += 1
     return stop - start
+
+
+def real_in(ids: Any) -> int:
+    """Of a batch of any shape whose last dimension is a row."""
+    return sum(real_tokens(row) for row in ids.reshape(-1, ids.shape[-1]).tolist())
 
 
 def session_cpu() -> float:
@@ -95,8 +103,8 @@ def stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
         "session_cpu": session_cpu() if seen.step == 1 else None,
         "peak_mb": peak_mb(),
         "gpu_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_initialized() else None,
-        "padded": seen.padded or batch.get("padded", 0),
-        "real": seen.real or batch.get("real", 0),
+        "computed": seen.computed or batch.get("computed", 0),
+        "real": seen.handed or seen.real or batch.get("real", 0),
         "supervised": supervised,
         "loss": loss / supervised if supervised else None,
         "dtype": seen.dtype,
@@ -129,8 +137,8 @@ def watch_embeddings(module: Any) -> None:
         kind = out.device.type
         computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else out.dtype
         seen.dtype = str(computed).removeprefix("torch.")
-        seen.padded += ids.numel()
-        seen.real += sum(real_tokens(row) for row in ids.reshape(-1, ids.shape[-1]).tolist())
+        seen.computed += ids.numel()
+        seen.real += real_in(ids)
         return out
 
     module.Embedding.forward = counting
@@ -171,15 +179,22 @@ def watch_trainer(module: Any) -> None:
         if "labels" in inputs and "input_ids" in inputs:
             ids = inputs["input_ids"]
             supervised = int((inputs["labels"][..., 1:] != IGNORED).sum())
-            real = sum(real_tokens(row) for row in ids.reshape(-1, ids.shape[-1]).tolist())
-            batch = {"padded": ids.numel(), "real": real, "supervised": supervised}
+            batch = {"computed": ids.numel(), "real": real_in(ids), "supervised": supervised}
         loss = training_step(self, model, inputs, num_items_in_batch)
         if batch:  # its tokens' loss over those of the whole step, of which this may be a piece; else their mean
             batch["loss"] = float(loss.detach()) * float(num_items_in_batch or batch["supervised"])
         seen.batch = {key: seen.batch.get(key, 0) + value for key, value in batch.items()}
         return loss
 
+    get_batch_samples = module.Trainer.get_batch_samples
+
+    def handed(self: Any, *given: Any, **named: Any) -> Any:
+        found = get_batch_samples(self, *given, **named)
+        seen.handed += sum(real_in(batch["input_ids"]) for batch in found[0] if "input_ids" in batch)
+        return found
+
     module.Trainer.training_step = counting
+    module.Trainer.get_batch_samples = handed
 
 
 WATCHED: dict[str, Callable[[Any], None]] = {
