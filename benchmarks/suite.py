@@ -4,7 +4,7 @@
     make bench PEERS=1 DATA=alpaca.json            (and the other tools', each in an environment of its own)
     .venv/bin/python -m benchmarks.suite job --steps 10 --rounds 1 --only-peers lora-recipes trl
 
-Sections: job (LoRA of SmolLM2-135M by every tool), latency, data, merge, memory, scaling. Each replaces its own figures
+Sections: job (LoRA of SmolLM2-135M by every tool), latency, data, merge, attention, memory, scaling. Each replaces its own figures
 and leaves the others' alone. A job that broke off goes on with --go-on. Without --with-peers the others' rows are kept
 where they were measured on this machine.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import data_preparation, job, latency, memory, merge, peers, results, scaling
+from benchmarks import attention, data_preparation, job, latency, memory, merge, peers, results, scaling
 from benchmarks.peers.measure import OTHERS, OURS
 
 DATA_WANTED = (
@@ -138,6 +138,10 @@ def _measure_merge(args: argparse.Namespace, command: str) -> None:
     _kept("merge", command, lambda: merge.measure(args.layers, args.runs))
 
 
+def _measure_attention(args: argparse.Namespace, command: str) -> None:
+    _kept("attention", command, attention.measure)
+
+
 def _measure_memory(args: argparse.Namespace, command: str) -> None:
     _kept("memory", command, lambda: list(memory.measure([memory.LARGE])))
 
@@ -187,6 +191,7 @@ SECTIONS = {
     "latency": (_measure_latency, _section(lambda figures: latency.markdown(figures).splitlines())),
     "data": (_measure_data, _section(_of_data)),
     "merge": (_measure_merge, _section(merge.markdown)),
+    "attention": (_measure_attention, _section(attention.markdown)),
     "memory": (_measure_memory, _section(_of_memory)),
     "scaling": (_measure_scaling, _section(scaling.markdown)),
 }

@@ -1,9 +1,8 @@
 """Causal attention on a CPU of rows that lie end to end, behind a beginning that they share: in blocks of matrix products."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +16,9 @@ LAYERS = {"full_attention", "sliding_attention"}  # of a config's `layer_types`
 
 @dataclass
 class Rows:
-    """Where the rows of one flat sequence lie.
+    """Where the rows of one flat sequence lie, and memory that the layers of its step use in turn.
+
+    Memory that is mapped anew costs more than what is computed in it.
 
     Attributes:
         shared: tokens of the sequence's beginning, which is every row's beginning.
@@ -27,8 +28,9 @@ class Rows:
 
     shared: int
     ends: tuple[int, ...]
-    layers: int = 0
-    _scratch: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    layers: int = field(default=0, init=False)
+    _floats: list[torch.Tensor] = field(default_factory=list, init=False, repr=False)
+    _later: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def spans(self) -> Iterator[tuple[int, int, int]]:
         """(first, end, tokens before it that are of its row too) of what is shared, then of each row's rest."""
@@ -39,12 +41,23 @@ class Rows:
             yield first, end, self.shared
             first = end
 
-    def scratch(self, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        """Memory without values that all layers of a step use in turn: what is mapped anew costs more than what is computed."""
+    def reserve(self, heads: int, window: int | None) -> None:
+        """Make room for the largest block of scores of a layer, four times."""
+        blocks = (block for span in self.spans() for block in _blocks(span, window))
+        size = heads * max((one.end - one.first) * (one.columns.stop - one.columns.start) for one in blocks)
+        if not self._floats or self._floats[0].numel() < size:
+            self._floats = [torch.empty(size) for _ in range(4)]
+
+    def room(self, number: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """One of the four, in a shape, with whatever stands there."""
         size = torch.Size(shape).numel()
-        if name not in self._scratch or self._scratch[name].numel() < size:
-            self._scratch[name] = torch.empty(size, dtype=dtype)
-        return self._scratch[name][:size].view(shape)
+        return self._floats[number].view(dtype)[:size].view(shape)
+
+    def later(self, count: int, group: int) -> torch.Tensor:
+        """[tokens x group, tokens]: minus infinity where a token would see a later one, else 0."""
+        if (count, group) not in self._later:
+            self._later[count, group] = _hidden(torch.ones(count, count, dtype=torch.bool).triu_(1), group)
+        return self._later[count, group]
 
 
 @contextmanager
@@ -59,46 +72,65 @@ def attending(model: torch.nn.Module) -> Iterator[None]:
         config._attn_implementation = usual
 
 
-def takes_rows(model: PreTrainedModel, *, bf16: bool) -> bool:
-    """Whether this model computes of rows that lie end to end what it computes of each by itself: by trying it.
-
-    Not so where a layer keeps a state from token to token or caps its scores, or where the model's code does not hand on
-    what it is given. The random state stays as it is.
+def hands_on_rows(model: PreTrainedModel, layers: int, autocast: torch.dtype | None) -> bool:
+    """Whether every layer of this model attends as `attend` does, when it is trained. No values are looked at.
 
     Args:
-        model: with its adapter, if any.
-        bf16: it computes under autocast.
+        layers: how many it has.
+        autocast: type that it computes in, where not its weights' own.
     """
     config = model.config.get_text_config()
     if config._attn_implementation != "sdpa" or set(getattr(config, "layer_types", None) or LAYERS) - LAYERS:
         return False
+    rows, trains = Rows(1, (2, 3)), model.training
+    model.train()  # attention's dropout is there only in training
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), attending(model), _computing_in(autocast):
+            places = torch.tensor([[0, 1, 1]])
+            model(input_ids=torch.ones_like(places), position_ids=places, rows=rows, use_cache=False)
+    except (NotImplementedError, TypeError, ValueError):
+        return False
+    finally:
+        model.train(trains)
+    return rows.layers == layers
+
+
+def takes_rows(model: PreTrainedModel, autocast: torch.dtype | None) -> bool:
+    """Whether this model computes of rows that lie end to end what it computes of each by itself: by trying it.
+
+    Not so where a layer keeps a state from token to token or asks for more than `attend` does, or where the model's code
+    does not hand on what it is given. The random state stays as it is.
+
+    Args:
+        model: with its adapter, if any.
+        autocast: type that it computes in, where not its weights' own.
+    """
+    config = model.config.get_text_config()
+    if not hands_on_rows(model, config.num_hidden_layers, autocast):
+        return False
     ids = torch.arange(1, 13) * config.vocab_size // 14  # ordinary tokens: those that steer a chat stand at either end
     first, second = ids[:8], torch.cat((ids[:3], ids[8:]))
-    rows = Rows(3, (8, 12))
-    flat = {"input_ids": ids[None], "position_ids": torch.tensor([[*range(8), *range(3, 7)]]), "rows": rows}
+    places = torch.tensor([[*range(8), *range(3, 7)]])
     trains = model.training
-    model.train()
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16)
 
     def logits(**inputs: Any) -> torch.Tensor:
         return model(**inputs, use_cache=False).logits.float()
 
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), autocast:
+        model.eval()
+        with torch.no_grad(), _computing_in(autocast):
             with attending(model):
-                logits(**flat)  # in training, where attention's dropout would be seen
-                model.eval()
-                found = logits(**flat)[0]
-            if rows.layers != 2 * config.num_hidden_layers:
-                return False
+                found = logits(input_ids=ids[None], position_ids=places, rows=Rows(3, (8, 12)))[0]
             wanted = torch.cat((logits(input_ids=first[None])[0], logits(input_ids=second[None])[0, 3:]))
             alone = logits(input_ids=ids[:, None])[:, 0]
-    except (NotImplementedError, TypeError):
-        return False
     finally:
         model.train(trains)
     # Measured by what a token's context does to it: an error of rounding is far below that in any type.
     return bool((found - wanted).norm(dim=-1).max() < 0.1 * (alone - wanted).norm(dim=-1).median())
+
+
+def _computing_in(autocast: torch.dtype | None) -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", dtype=autocast) if autocast else nullcontext()
 
 
 def attend(
@@ -163,6 +195,7 @@ class _Attention(torch.autograd.Function):
         q, k, v = _by_key(query, group, low), key.to(low).contiguous(), value.to(low).contiguous()
         out = torch.empty(tokens, heads, v.shape[-1], dtype=low)
         exact_q, exact_k = q.float(), k.float()
+        rows.reserve(heads, window)
         for span in rows.spans():
             keys, values = _seen(exact_k, span), _seen(v, span)
             for block in _blocks(span, window):
@@ -190,9 +223,7 @@ class _Attention(torch.autograd.Function):
             for block in _blocks(span, ctx.window):
                 own, seen = slice(block.first * group, block.end * group), block.columns
                 chance = _chances(rows, exact_q[:, own], keys[:, seen], scale, block, group)
-                of_chance, of_scores = (
-                    rows.scratch(name, torch.float32, *chance.shape) for name in ("scores", "slopes")
-                )
+                of_chance, of_scores = (rows.room(number, chance.shape) for number in (0, 2))
                 torch.bmm(exact_grad[:, own], values[:, seen].mT, out=of_chance)
                 torch._softmax_backward_data(of_chance, chance, -1, torch.float32, grad_input=of_scores)
                 slope_v[:, seen] += torch.bmm(_to(low, chance, rows).mT, grad[:, own])
@@ -239,28 +270,20 @@ def _chances(
     rows: Rows, query: torch.Tensor, keys: torch.Tensor, scale: float, block: _Block, group: int
 ) -> torch.Tensor:
     """[key heads, tokens x group, columns] in float32: how much each token takes of each that it sees."""
-    scores = rows.scratch("scores", torch.float32, len(keys), query.shape[1], keys.shape[1])
+    scores = rows.room(0, (len(keys), query.shape[1], keys.shape[1]))
     torch.bmm(query, keys.mT, out=scores)
     scores.mul_(scale)
     count = block.end - block.first
-    scores[..., -count:].add_(_later(count, group))
+    scores[..., -count:].add_(rows.later(count, group))
     if block.window and (old := block.place + count - block.window - block.columns.start) > 0:
-        scores[..., :old].add_(_older(count, old, block.place - block.window - block.columns.start, group))
-    return torch.softmax(scores, -1, out=rows.scratch("chances", torch.float32, *scores.shape))
+        left = torch.ones(count, old, dtype=torch.bool).tril_(block.place - block.window - block.columns.start)
+        scores[..., :old].add_(_hidden(left, group))
+    return torch.softmax(scores, -1, out=rows.room(1, scores.shape))
 
 
-@lru_cache(maxsize=16)
-def _later(count: int, group: int) -> torch.Tensor:
-    """[tokens x group, tokens]: minus infinity where a token would see a later one, else 0."""
-    hidden = torch.ones(count, count, dtype=torch.bool).triu_(1)
-    return torch.zeros(count, count).masked_fill_(hidden, -torch.inf).repeat_interleave(group, 0)
-
-
-@lru_cache(maxsize=16)
-def _older(count: int, columns: int, diagonal: int, group: int) -> torch.Tensor:
-    """[tokens x group, columns]: minus infinity up to this diagonal, where the window has left a token behind, else 0."""
-    hidden = torch.ones(count, columns, dtype=torch.bool).tril_(diagonal)
-    return torch.zeros(count, columns).masked_fill_(hidden, -torch.inf).repeat_interleave(group, 0)
+def _hidden(pairs: torch.Tensor, group: int) -> torch.Tensor:
+    """[tokens, columns] of bool -> [tokens x group, columns]: minus infinity for what a token does not see, else 0."""
+    return torch.zeros(pairs.shape).masked_fill_(pairs, -torch.inf).repeat_interleave(group, 0)
 
 
 def _by_key(heads_first: torch.Tensor, group: int, low: torch.dtype) -> torch.Tensor:
@@ -284,4 +307,4 @@ def _seen(whole: torch.Tensor, span: tuple[int, int, int]) -> torch.Tensor:
 
 
 def _to(low: torch.dtype, values: torch.Tensor, rows: Rows) -> torch.Tensor:
-    return values if values.dtype == low else rows.scratch("low", low, *values.shape).copy_(values)
+    return values if values.dtype == low else rows.room(3, values.shape, low).copy_(values)

@@ -164,7 +164,7 @@ def choose(recipe: Recipe, *, training: bool = True, gpu: Gpu | None = None) -> 
 def _choose_for_cpu(recipe: Recipe, choices: Choices, to_train: bool, why: str) -> None:
     training, asked = choices.training, bool(recipe.get("training.use_cpu"))
     if to_train:
-        _give_memory_back()
+        give_memory_back()
     choices.made.append(Choice("device", f"cpu, {_use_all_cores()} threads", why))
     training["use_cpu"] = True
     if training.get("fp16") and to_train:
@@ -229,11 +229,12 @@ def without_bf16(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
-def _give_memory_back() -> None:
+def give_memory_back() -> None:
     """Let the C library map large tensors one by one, so that a freed one is gone.
 
     By itself glibc raises the size from which it maps to 32 MiB as it sees such blocks freed, and keeps smaller ones in a
-    heap full of holes: 1.4 x the live tensors where this leaves 1.07 x (docs/plan.md).
+    heap full of holes: 1.4 x the live tensors (docs/plan.md). A size that is too low costs a fault for each page of what
+    comes and goes in every layer.
     """
     _mallopt(MMAP_THRESHOLD, TRIM_THRESHOLD)
 
@@ -268,7 +269,7 @@ def freed_memory_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        _give_memory_back()
+        give_memory_back()
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
 

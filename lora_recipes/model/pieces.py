@@ -33,9 +33,9 @@ def takes_pieces(training: Mapping[str, Any], config: PreTrainedConfig) -> bool:
     return takes_own_loss(training, config) and training.get("neftune_noise_alpha") is None
 
 
-def largest_piece(rows: int, length: int) -> tuple[int, int]:
-    """(rows, tokens) of the largest piece of a micro-batch whose rows are at most this long: it is one flat row."""
-    return 1, max(length, min(rows * length, TOGETHER))
+def largest_piece(rows: int, length: int, *, flat: bool = True) -> int:
+    """Tokens of the largest piece of a micro-batch whose rows are at most this long."""
+    return max(length, min(rows * length, TOGETHER)) if flat else length
 
 
 def pieces(inputs: dict[str, Any], *, flat: bool = True) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -110,20 +111,20 @@ class Estimate:
     def step(self) -> Step:
         """The recipe's own micro-batch, all rows as long as they may be."""
         training = self.choices.training
-        compute = torch.bfloat16 if self.bf16 or training.get("fp16") else None
         packed = bool(training.get("packing") or training.get("padding_free")) and not self.cuts
         rows, length = self._held(self.rows, packed)
         return Step(
             rows=rows,
             length=length,
             loss=self._loss(),
-            autocast=compute,
+            autocast=self._compute,
             checkpointing=dict(training.get("activation_checkpointing_kwargs") or {})
             if training.get("activation_checkpointing", True)
             else None,
             padded=self._pads(rows),
             packed=packed,
-            accumulates=self.accumulation > 1 or (self.cuts and rows < self.rows),
+            accumulates=self.accumulation > 1 or (self.cuts and length < self.rows * self.length),
+            flat=self.length if self._flat else 0,
         )
 
     def memory(self, step: Step | None = None) -> Memory:
@@ -220,6 +221,15 @@ class Estimate:
         """Whether micro-batches are computed in pieces."""
         return self.target.gpu is None and takes_pieces(self.choices.training, self.config)
 
+    @cached_property
+    def _flat(self) -> bool:
+        """Whether a piece is several rows end to end."""
+        return self.cuts and self.rehearsal.takes_rows(self._compute)
+
+    @property
+    def _compute(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.bf16 or self.choices.training.get("fp16") else None
+
     def _loss(self) -> Loss:
         if self.target.gpu:
             return "triton"
@@ -232,7 +242,7 @@ class Estimate:
     def _held(self, rows: int, packed: bool) -> tuple[int, int]:
         """(rows, tokens) that a micro-batch is computed in: one row of all where it is packed, on a CPU a piece of it."""
         if self.cuts:
-            return largest_piece(rows, self.length)
+            return 1, largest_piece(rows, self.length, flat=self._flat)
         return (1, self.length * rows) if packed else (rows, self.length)
 
     def _certain(self) -> dict[str, int]:

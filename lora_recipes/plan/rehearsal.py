@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, masking_utils
 from transformers.integrations import moe
 
+from lora_recipes.model.attention import Rows, attending, hands_on_rows
 from lora_recipes.model.loss import token_loss
 from lora_recipes.plan.architecture import layers_of
 from lora_recipes.plan.tracker import LiveTensors
@@ -38,6 +39,7 @@ class Step:
         padded: rows of one micro-batch differ in length, so that attention needs a mask.
         packed: documents in one row are kept apart by a mask.
         accumulates: gradients of earlier micro-batches are there already.
+        flat: tokens of each of the rows that lie end to end in the one row, as a CPU computes them; 0 where none do.
     """
 
     rows: int
@@ -49,6 +51,11 @@ class Step:
     padded: bool = False
     packed: bool = False
     accumulates: bool = False
+    flat: int = 0
+
+    def rows_inside(self) -> Rows:
+        """Where rows that lie end to end do so, none of which shares its beginning."""
+        return Rows(0, (*range(self.flat, self.length, self.flat), self.length))
 
 
 @dataclass(frozen=True)
@@ -84,9 +91,14 @@ class Rehearsal:
         with self.mode:
             _without_memory(model)
 
+    def takes_rows(self, autocast: torch.dtype | None) -> bool:
+        """Whether its layers take rows that lie end to end; what they make of them no model without weights can tell."""
+        with self.mode, _as_in_training(Step(1, 1, autocast=autocast)):
+            return hands_on_rows(self.base, len(self.kept), autocast)
+
     def peak(self, step: Step) -> Peak:
         """Run one micro-batch forward and backward."""
-        with self.mode, _as_in_training(step), LiveTensors() as tracker:
+        with self.mode, _as_in_training(step), self._attending(step), LiveTensors() as tracker:
             self._prepare(step)
             tracker.ignore([*self.model.parameters(), *self.model.buffers()])
             for parameter in self.model.parameters():
@@ -105,11 +117,14 @@ class Rehearsal:
 
     def evaluation_peak(self, step: Step) -> int:
         """Bytes that a micro-batch without gradients holds at its peak."""
-        with self.mode, _as_in_training(step), torch.no_grad(), LiveTensors() as tracker:
+        with self.mode, _as_in_training(step), self._attending(step), torch.no_grad(), LiveTensors() as tracker:
             self.model.eval()
             tracker.ignore([*self.model.parameters(), *self.model.buffers()])
             self._loss(step)
         return tracker.peak
+
+    def _attending(self, step: Step) -> AbstractContextManager[None]:
+        return attending(self.base) if step.flat else nullcontext()
 
     def _mark(self, label: tuple[str, int]) -> None:
         if self._marked is not None:
@@ -154,10 +169,12 @@ class Rehearsal:
         hook = self.base.get_output_embeddings().register_forward_pre_hook(
             lambda module, arguments: (_picked(arguments[0][:, :-1], count), *arguments[1:])
         )
-        inputs = torch.zeros((step.rows, step.length), dtype=torch.long)
+        inputs: dict[str, Any] = {"input_ids": torch.zeros((step.rows, step.length), dtype=torch.long)}
+        if step.flat:
+            inputs |= {"position_ids": torch.zeros_like(inputs["input_ids"]), "rows": step.rows_inside()}
         try:
             # accelerate's autocast ends with the model, whose outputs it makes float32
-            logits = self.model(input_ids=inputs, use_cache=False).logits.float()
+            logits = self.model(**inputs, use_cache=False).logits.float()
         finally:
             hook.remove()
         with torch.autocast("cpu", enabled=False):

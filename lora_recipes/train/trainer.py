@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,9 @@ class RecipeTrainer(GuardedTrainer):
         scored = _scored(inputs["labels"])
         targets = inputs["labels"][:, 1:][scored]
         # Rows are padded on the right, where no real token of a causal model looks: no attention mask is needed.
-        forwarded = {key: inputs[key] for key in ("input_ids", "position_ids", "rows") if key in inputs}
+        forwarded: dict[str, Any] = {key: inputs[key] for key in ("input_ids", "position_ids") if key in inputs}
+        if "rows" in inputs:  # whose memory goes with the graph: the piece itself is kept until the optimizer steps
+            forwarded["rows"] = replace(inputs["rows"])
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda module, arguments: (arguments[0][:, :-1][scored], *arguments[1:]))
         try:
@@ -233,10 +236,17 @@ def build_trainer(
     if trainer.args.device.type == "cpu" and any(choices.training.get(key) for key in COMPILE_KEYS):
         _compile_layers(trainer.model, choices)
     elif trainer.cuts():
-        trainer.flat = takes_rows(trainer.model, bf16=trainer.args.bf16)
+        trainer.flat = takes_rows(trainer.model, computes_in(trainer.args))
     trainer.optimizer_settings = {key: choices.training[key] for key in OPTIMIZER_KEYS if choices.training.get(key)}
     freeze_what_never_moves(trainer.model, recipe, trainer.optimizer_settings)
     return trainer
+
+
+def computes_in(args: SFTConfig) -> torch.dtype | None:
+    """The type of autocast; None where there is none."""
+    if args.bf16:
+        return torch.bfloat16
+    return torch.float16 if args.fp16 else None
 
 
 def _scored(labels: torch.Tensor) -> torch.Tensor:

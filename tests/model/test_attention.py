@@ -122,13 +122,13 @@ TAKES_NOT = {
 }
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bf16"])
 @pytest.mark.parametrize("kind", TAKES)
-def test_a_model_of_plain_attention_takes_rows_and_is_left_as_it_was(kind: str, bf16: bool):
+def test_a_model_of_plain_attention_takes_rows_and_is_left_as_it_was(kind: str, autocast: torch.dtype | None):
     model = made(TAKES[kind])
     model.train()
     usual, state = model.config._attn_implementation, torch.random.get_rng_state()
-    assert takes_rows(model, bf16=bf16)
+    assert takes_rows(model, autocast)
     assert model.training and model.config._attn_implementation == usual == "sdpa"
     assert torch.equal(torch.random.get_rng_state(), state)
 
@@ -137,19 +137,19 @@ def test_a_model_of_plain_attention_takes_rows_and_is_left_as_it_was(kind: str, 
 def test_what_is_more_than_plain_attention_is_found_out_before_training(kind: str):
     model = made(TAKES_NOT[kind])
     model.train()
-    assert not takes_rows(model, bf16=False)
+    assert not takes_rows(model, None)
     assert model.training
 
 
 def test_a_model_that_computes_attention_in_another_way_keeps_it():
-    assert not takes_rows(made(LlamaConfig(**SIZES), attn_implementation="eager"), bf16=False)
+    assert not takes_rows(made(LlamaConfig(**SIZES), attn_implementation="eager"), None)
 
 
 def test_a_layer_that_looks_at_its_neighbours_is_found_out():
     """It attends as all do, and besides hands a little of each token to the next one, across rows too."""
     model = made(LlamaConfig(**SIZES))
     model.model.layers[1].mlp.register_forward_hook(lambda module, given, out: out + out.roll(1, dims=1))
-    assert not takes_rows(model, bf16=False)
+    assert not takes_rows(model, None)
 
 
 @pytest.mark.parametrize("kind", TAKES)

@@ -74,6 +74,7 @@ def test_a_step_in_pieces_is_the_step_of_the_whole_micro_batch(
     ours = one_step(made)
     assert len(cut[0]) > 1  # there was something to cut
     assert any(piece["rows"].shared for piece in cut[0]) and any(len(piece["rows"].ends) > 1 for piece in cut[0])
+    assert not any(piece["rows"]._floats for piece in cut[0])  # it is kept until the optimizer steps
     made.flat = False
     alone = one_step(made)
     assert len(cut[1]) > len(cut[0])
