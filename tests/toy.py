@@ -126,7 +126,7 @@ def _traits(folder: Path) -> dict[str, tuple[Any, ...]]:
         config = config_of(recipe)
         found[path.stem] = (
             config.model_type,
-            (config.model_type, config.tie_word_embeddings),
+            config.tie_word_embeddings,
             method_of(recipe),
             str(recipe.get("lora.target_modules")),
             bool(recipe.get("training.eos_token")),
