@@ -41,10 +41,8 @@ def measure() -> list[dict[str, Any]]:
                 def ours(given: list[torch.Tensor], rows: Rows = rows) -> torch.Tensor:
                     return attend(torch.nn.Module(), *given, None, rows=rows)[0]
 
-                def torchs(given: list[torch.Tensor], group: int = heads // keys) -> torch.Tensor:
-                    query, *shared = given  # as transformers hands them on
-                    key, value = (one.repeat_interleave(group, dim=1) for one in shared)
-                    return scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+                def torchs(given: list[torch.Tensor]) -> torch.Tensor:  # as transformers calls it
+                    return scaled_dot_product_attention(*given, is_causal=True, enable_gqa=True).transpose(1, 2)
 
                 exact = [one.detach().double().requires_grad_() for one in inputs]
                 wanted = torch.autograd.grad(torchs(exact), exact, slope.double())

@@ -127,7 +127,8 @@ def held_out_loss(adapter: Path | None, lab: Path, threads: int = 1) -> dict[str
     took = measured(words, place, "held-out", threads=threads, environment=environment)
     if took["rc"] != 0:
         return {"rc": took["rc"], "error": took["error"]}
-    said = place.log("held-out", "log").read_text(encoding="utf-8").splitlines()[-1]
+    lines = place.log("held-out", "log").read_text(encoding="utf-8").splitlines()
+    said = next(line for line in reversed(lines) if line.startswith("{"))  # a library may warn when the process ends
     return {"rc": 0} | json.loads(said)
 
 

@@ -12,6 +12,10 @@ from transformers import AttentionInterface, PreTrainedModel
 NAME = "rows_end_to_end"
 BLOCK = 96  # tokens whose scores are computed at a time: fewer are slower products, more are scores that nobody needs
 LAYERS = {"full_attention", "sliding_attention"}  # of a config's `layer_types`
+LOW = (torch.float32, torch.bfloat16, torch.float16)
+UNHEEDED = {"position_ids", "cache_position"}  # tensors that models hand on, and that `rows` says already
+# Errors of the trial, over what its context does to a token: rounding is far below, any other rule of who sees whom above.
+MOST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
 @dataclass
@@ -41,9 +45,9 @@ class Rows:
             yield first, end, self.shared
             first = end
 
-    def reserve(self, heads: int, window: int | None) -> None:
-        """Make room for the largest block of scores of a layer, four times."""
-        blocks = (block for span in self.spans() for block in _blocks(span, window))
+    def reserve(self, heads: int) -> None:
+        """Make room for the largest block of scores of a layer without a window, four times: a later one may have none."""
+        blocks = (block for span in self.spans() for block in _blocks(span, None))
         size = heads * max((one.end - one.first) * (one.columns.stop - one.columns.start) for one in blocks)
         if not self._floats or self._floats[0].numel() < size:
             self._floats = [torch.empty(size) for _ in range(4)]
@@ -80,7 +84,8 @@ def hands_on_rows(model: PreTrainedModel, layers: int, autocast: torch.dtype | N
         autocast: type that it computes in, where not its weights' own.
     """
     config = model.config.get_text_config()
-    if config._attn_implementation != "sdpa" or set(getattr(config, "layer_types", None) or LAYERS) - LAYERS:
+    usual = getattr(config, "_attn_implementation", None)
+    if usual != "sdpa" or set(getattr(config, "layer_types", None) or LAYERS) - LAYERS:
         return False
     rows, trains = Rows(1, (2, 3)), model.training
     model.train()  # attention's dropout is there only in training
@@ -88,7 +93,7 @@ def hands_on_rows(model: PreTrainedModel, layers: int, autocast: torch.dtype | N
         with torch.random.fork_rng(devices=[]), torch.no_grad(), attending(model), _computing_in(autocast):
             places = torch.tensor([[0, 1, 1]])
             model(input_ids=torch.ones_like(places), position_ids=places, rows=rows, use_cache=False)
-    except (NotImplementedError, TypeError, ValueError):
+    except Exception:  # a model's own code may stumble in any way over what it does not know; it trains without
         return False
     finally:
         model.train(trains)
@@ -106,7 +111,7 @@ def takes_rows(model: PreTrainedModel, autocast: torch.dtype | None) -> bool:
         autocast: type that it computes in, where not its weights' own.
     """
     config = model.config.get_text_config()
-    if not hands_on_rows(model, config.num_hidden_layers, autocast):
+    if not hands_on_rows(model, getattr(config, "num_hidden_layers", 0), autocast):
         return False
     ids = torch.arange(1, 13) * config.vocab_size // 14  # ordinary tokens: those that steer a chat stand at either end
     first, second = ids[:8], torch.cat((ids[:3], ids[8:]))
@@ -114,7 +119,7 @@ def takes_rows(model: PreTrainedModel, autocast: torch.dtype | None) -> bool:
     trains = model.training
 
     def logits(**inputs: Any) -> torch.Tensor:
-        return model(**inputs, use_cache=False).logits.float()
+        return model(**inputs, use_cache=False).logits
 
     try:
         model.eval()
@@ -125,8 +130,9 @@ def takes_rows(model: PreTrainedModel, autocast: torch.dtype | None) -> bool:
             alone = logits(input_ids=ids[:, None])[:, 0]
     finally:
         model.train(trains)
-    # Measured by what a token's context does to it: an error of rounding is far below that in any type.
-    return bool((found - wanted).norm(dim=-1).max() < 0.1 * (alone - wanted).norm(dim=-1).median())
+    most = MOST_ERROR[autocast or found.dtype]
+    error, effect = (found.float() - wanted.float()).norm(dim=-1), (alone.float() - wanted.float()).norm(dim=-1)
+    return bool(error.max() < most * effect.median())
 
 
 def _computing_in(autocast: torch.dtype | None) -> AbstractContextManager[Any]:
@@ -145,16 +151,14 @@ def attend(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    position_bias: torch.Tensor | None = None,
     is_causal: bool | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """An attention function of transformers, for one flat sequence.
 
     Args:
         query: [1, heads, tokens, size of a head]; key and value: [1, key heads, tokens, size].
-        attention_mask: not used: `rows` says who sees whom.
+        attention_mask: none: `rows` says who sees whom.
 
     Returns:
         [1, tokens, heads, size].
@@ -163,14 +167,27 @@ def attend(
         NotImplementedError: the layer asks for more than causal attention with a window.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if dropout or not causal or any(one is not None for one in (softcap, s_aux, position_bias)):
-        raise NotImplementedError("attention with dropout, a cap, sinks or a bias")
+    if dropout or not causal or softcap is not None or attention_mask is not None:
+        raise NotImplementedError("attention with dropout, a cap, or a mask of the model's own")
+    if more := {name for name, value in others.items() if isinstance(value, torch.Tensor)} - UNHEEDED:
+        raise NotImplementedError(f"attention with {', '.join(sorted(more))}")  # sinks, a bias, chosen keys
+    if sliding_window is None and _slides(module):
+        raise NotImplementedError("a window that is only in the mask")
     low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if low not in LOW:
+        raise NotImplementedError(f"attention in {low}")
     rows.layers += 1
     with torch.autocast("cpu", enabled=False):
         out = _Attention.apply(query[0], key[0], value[0], rows, scale, sliding_window, low)
     return out[None], None
+
+
+def _slides(module: torch.nn.Module) -> bool:
+    """Whether the model's config gives this layer a window."""
+    types = getattr(getattr(module, "config", None), "layer_types", None) or ()
+    index = getattr(module, "layer_idx", None)
+    return index is not None and index < len(types) and types[index] == "sliding_attention"
 
 
 class _Attention(torch.autograd.Function):
@@ -195,7 +212,7 @@ class _Attention(torch.autograd.Function):
         q, k, v = _by_key(query, group, low), key.to(low).contiguous(), value.to(low).contiguous()
         out = torch.empty(tokens, heads, v.shape[-1], dtype=low)
         exact_q, exact_k = q.float(), k.float()
-        rows.reserve(heads, window)
+        rows.reserve(heads)
         for span in rows.spans():
             keys, values = _seen(exact_k, span), _seen(v, span)
             for block in _blocks(span, window):

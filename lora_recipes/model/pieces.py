@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from lora_recipes.model.attention import Rows
 from lora_recipes.model.compare import IGNORED
 
+COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 TOGETHER = 512  # tokens of a piece; a row that is longer is a piece by itself
 
 Row = tuple[torch.Tensor, torch.Tensor]  # ids and labels, without padding
@@ -31,6 +32,17 @@ def takes_own_loss(training: Mapping[str, Any], config: PreTrainedConfig) -> boo
 def takes_pieces(training: Mapping[str, Any], config: PreTrainedConfig) -> bool:
     """Whether a CPU cuts micro-batches. NEFTune's noise is scaled by the length of the whole one."""
     return takes_own_loss(training, config) and training.get("neftune_noise_alpha") is None
+
+
+def takes_flat(training: Mapping[str, Any], lora: Mapping[str, Any]) -> bool:
+    """Whether rows may lie end to end where the model takes it.
+
+    Not where layers are compiled, which every new set of rows would be anew; not where attention's own results are kept for
+    backward (`selective`); and not where aLoRA looks for the last invocation of a sequence, to adapt what follows.
+    """
+    selective = (training.get("activation_checkpointing_kwargs") or {}).get("selective")
+    compiled = any(training.get(key) for key in COMPILE_KEYS)
+    return not (compiled or selective or lora.get("alora_invocation_tokens"))
 
 
 def largest_piece(rows: int, length: int, *, flat: bool = True) -> int:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from lora_recipes.model.machine import choose
-from lora_recipes.model.pieces import largest_piece, takes_own_loss, takes_pieces
+from lora_recipes.model.pieces import largest_piece, takes_flat, takes_own_loss, takes_pieces
 from lora_recipes.model.precision import cast_frozen
 from lora_recipes.model.targets import expert_weights
 from lora_recipes.plan.architecture import adapt, base_dtype, base_on_meta, layers_of, quantizable, set_adapter_dtype
@@ -224,7 +224,8 @@ class Estimate:
     @cached_property
     def _flat(self) -> bool:
         """Whether a piece is several rows end to end."""
-        return self.cuts and self.rehearsal.takes_rows(self._compute)
+        allowed = self.cuts and takes_flat(self.choices.training, self.recipe.section("lora"))
+        return allowed and self.rehearsal.takes_rows(self._compute)
 
     @property
     def _compute(self) -> torch.dtype | None:

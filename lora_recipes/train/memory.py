@@ -94,7 +94,9 @@ def explained(error: BaseException, recipe: Recipe, shape: tuple[int, ...] | Non
 
 def _planned(estimate: Estimate, shape: tuple[int, ...] | None) -> Iterator[str]:
     rows, length = shape or (estimate.rows, estimate.length)
-    memory = estimate.memory(replace(estimate.step(), rows=rows, length=length))
+    step = estimate.step()
+    flat = step.flat if rows == 1 else 0  # several rows that came as such are no piece
+    memory = estimate.memory(replace(step, rows=rows, length=length, flat=flat))
     named = ", ".join(f"{name.replace('_', ' ')} {gib(size)}" for name, size in memory.parts.items() if size)
     yield f"Planned for this batch: {gib(memory.expected)} GiB, up to {gib(memory.high)} ({named})."
     found = ways_out(estimate)[:SUGGESTED]

@@ -30,7 +30,7 @@ from lora_recipes.model.initialise import (
 )
 from lora_recipes.model.loss import token_loss
 from lora_recipes.model.machine import Choice, Choices
-from lora_recipes.model.pieces import pieces, takes_own_loss, takes_pieces
+from lora_recipes.model.pieces import COMPILE_KEYS, pieces, takes_flat, takes_own_loss, takes_pieces
 from lora_recipes.model.precision import cast_frozen
 from lora_recipes.plan.architecture import layers_of
 from lora_recipes.recipe import Recipe
@@ -46,7 +46,6 @@ from lora_recipes.train.optimizers import (
 
 # Read by lora_recipes.data and lora_recipes.model.build, which hand SFTTrainer finished tokens and labels.
 CONSUMED = ("assistant_only_loss", "completion_only_loss", "dataset_text_field", "chat_template_path")
-COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -116,8 +115,12 @@ class RecipeTrainer(GuardedTrainer):
         cut = self._cut(self._prepare_inputs(inputs))
         divisor = max(1, sum(int(_scored(piece["labels"]).sum()) for piece in cut))
         self._pieces, self._seen = len(cut), 0
+        losses = []
         with torch.no_grad(), self.compute_loss_context_manager(), self.attending():
-            return torch.stack([self._own_loss(model, piece, divisor) for piece in cut]).sum(), None, None
+            for piece in cut:
+                self.batch_shape = tuple(piece["input_ids"].shape)
+                losses.append(self._own_loss(model, piece, divisor))
+        return torch.stack(losses).sum(), None, None
 
     def compute_loss(
         self,
@@ -235,8 +238,10 @@ def build_trainer(
         choices.made.append(Choice("frozen weights", "bf16", "autocast would cast them anew in every forward"))
     if trainer.args.device.type == "cpu" and any(choices.training.get(key) for key in COMPILE_KEYS):
         _compile_layers(trainer.model, choices)
-    elif trainer.cuts():
+    if trainer.cuts() and takes_flat(choices.training, section):
         trainer.flat = takes_rows(trainer.model, computes_in(trainer.args))
+        if not trainer.flat:
+            choices.made.append(Choice("rows", "one after the other", "this model's layers take none end to end"))
     trainer.optimizer_settings = {key: choices.training[key] for key in OPTIMIZER_KEYS if choices.training.get(key)}
     freeze_what_never_moves(trainer.model, recipe, trainer.optimizer_settings)
     return trainer

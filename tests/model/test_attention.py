@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AutoModelForCausalLM,
+    DogeConfig,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -15,6 +16,7 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2MoeConfig,
     Qwen3NextConfig,
 )
 
@@ -110,7 +112,12 @@ TAKES = {
     "learnt places": GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0),
     "windows and full": Gemma3TextConfig(sliding_window=4, head_dim=8, sliding_window_pattern=2, **SIZES),
 }
+MOE = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 2, "num_experts_per_tok": 1}
 TAKES_NOT = {
+    "a window that only the mask has": Qwen2MoeConfig(
+        use_sliding_window=True, sliding_window=16, max_window_layers=2, **SIZES, **MOE
+    ),
+    "a mask that is learnt": DogeConfig(**SIZES),
     "dropout": LlamaConfig(attention_dropout=0.1, **SIZES),
     "a state from token to token": Mamba2Config(
         vocab_size=300, hidden_size=32, num_heads=8, head_dim=8, num_hidden_layers=2, state_size=8, n_groups=1
@@ -131,6 +138,10 @@ def test_a_model_of_plain_attention_takes_rows_and_is_left_as_it_was(kind: str, 
     assert takes_rows(model, autocast)
     assert model.training and model.config._attn_implementation == usual == "sdpa"
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_types_that_it_does_not_compute_in_are_left_alone():
+    assert not takes_rows(made(LlamaConfig(**SIZES)).double(), None)
 
 
 @pytest.mark.parametrize("kind", TAKES_NOT)

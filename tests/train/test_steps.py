@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, MixtralConfig, MixtralForCausalLM
 
 from lora_recipes.model.machine import choose
 from lora_recipes.model.precision import cast_frozen
 from lora_recipes.plan import Estimate, config_of, target_for
+from lora_recipes.plan.rehearsal import Rehearsal
+from lora_recipes.plan.rehearsal import Step as Rehearsed
 from lora_recipes.recipe import load_recipe
 from lora_recipes.run_dir import RunDir, read_json, read_jsonl
 from lora_recipes.train import launch, trainer
+from lora_recipes.train.memory import explained
 from lora_recipes.train.trainer import RecipeTrainer
 from tests.conftest import NF4
 from tests.train.runs import make_trainer
@@ -225,3 +228,44 @@ def mixtral(like: Path, folder: Path) -> Path:
         MixtralConfig(vocab_size=512, num_key_value_heads=1, num_local_experts=2, **sizes)
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"lora": {"alora_invocation_tokens": [7, 8]}},  # it looks for the last invocation of a sequence
+        {"training": {"torch_compile": True, "torch_compile_backend": "eager"}},
+        {"training": {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"selective": True}}},
+    ],
+    ids=["aLoRA", "compiled", "selective"],
+)
+def test_rows_are_computed_one_after_the_other_where_a_setting_needs_it(
+    write_recipe: Callable[..., Path], keys: dict[str, Any]
+):
+    path = write_recipe(**keys)
+    assert load_recipe(path).get("training.per_device_train_batch_size") > 1
+    made = make_trainer(path)
+    assert made.cuts() and not made.flat
+    step = Estimate(recipe := load_recipe(path), config_of(recipe), target_for(recipe)).step()
+    assert (step.flat, step.rows, step.length) == (0, 1, recipe.get("training.max_length"))
+
+
+def test_an_evaluation_that_runs_out_of_memory_is_told_as_any_batch(write_recipe: Callable[..., Path]):
+    recipe = load_recipe(write_recipe())
+    for shape in ((4, 160), (1, 300)):
+        told = str(explained(MemoryError("no room"), recipe, shape, 3))
+        assert f"{shape[0]} row" in told and "Planned for this batch" in told
+
+
+def test_room_for_scores_is_planned_once_however_many_layers_need_more_than_the_first():
+    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 8, "head_dim": 8}
+    peaks = []
+    for layers in (4, 16):
+        config = Gemma3TextConfig(
+            num_key_value_heads=4, num_hidden_layers=layers, sliding_window=16, sliding_window_pattern=2, **sizes
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        peaks.append(Rehearsal(model).peak(Rehearsed(1, 1024, flat=1024)).step)
+    room = 4 * 4 * sizes["num_attention_heads"] * 96 * 1024  # four blocks of scores
+    assert peaks[0] > room and peaks[1] - peaks[0] < room
