@@ -13,7 +13,7 @@ from lora_recipes.cli import main
 from lora_recipes.data.files import local_files, sources
 from lora_recipes.model.build import meta_model
 from lora_recipes.model.targets import find_targets
-from lora_recipes.plan import config_of, facts_file, plan
+from lora_recipes.plan import config_of, facts_file, plan, target_of
 from lora_recipes.recipe import Recipe, load_recipe
 from lora_recipes.recipe.nodes import parse_file
 from tests.conftest import ROOT
@@ -88,7 +88,7 @@ def test_recipe_restates_nothing_that_its_parents_already_say(path: Path):
     "path", [pytest.param(path, id=path.stem, marks=slow_if_like_another(path, of_a_type=True)) for path in RECIPES]
 )
 def test_recipe_is_planned_offline(path: Path):
-    found = plan(load_recipe(path), advise=False)
+    found = plan(load_recipe(path), target_of("24GiB", None, None), advise=False)
     assert found["memory"]["expected"] > 0
     recipe = load_recipe(path)
     share = found["trainable"] / found["all"]
