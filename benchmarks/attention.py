@@ -47,8 +47,9 @@ def measure() -> list[dict[str, Any]]:
                 exact = [one.detach().double().requires_grad_() for one in inputs]
                 wanted = torch.autograd.grad(torchs(exact), exact, slope.double())
                 line: dict[str, Any] = {"model": model, "dtype": str(dtype).removeprefix("torch."), "tokens": length}
-                for name, ms in _in_turn({"ours": ours, "torch": torchs}, inputs, slope).items():
-                    gradients = torch.autograd.grad({"ours": ours, "torch": torchs}[name](inputs), inputs, slope)
+                ways = {"ours": ours, "torch": torchs}
+                for name, ms in _in_turn(ways, inputs, slope).items():
+                    gradients = torch.autograd.grad(ways[name](inputs), inputs, slope)
                     far = sum((one - other).norm() ** 2 for one, other in zip(gradients, wanted, strict=True))
                     line[name] = {"ms": ms, "far": float((far / sum(one.norm() ** 2 for one in wanted)) ** 0.5)}
                 found.append(line)

@@ -65,10 +65,8 @@ class LongestFirst(TrainerCallback):
         trainer.model_wrapped.train()
         with torch.random.fork_rng(devices=devices):
             inputs = trainer._prepare_inputs(batch)
-            with (
-                trainer.attending(),
-                trainer.maybe_activation_offload_context,
-            ):  # TRL enters it around its training_step
+            # Both are entered around a training_step, by RecipeTrainer and by TRL.
+            with trainer.attending(), trainer.maybe_activation_offload_context:
                 with trainer.compute_loss_context_manager():
                     count = (inputs["labels"][:, 1:] >= 0).sum()
                     loss = trainer.compute_loss(trainer.model_wrapped, inputs, num_items_in_batch=count)

@@ -176,7 +176,10 @@ class RecipeTrainer(GuardedTrainer):
     def _count(self, training: bool, inputs: dict[str, torch.Tensor], correct: torch.Tensor) -> None:
         """The metrics that TRL logs, once a micro-batch, summed over its pieces and over ranks as TRL does."""
         mode = "train" if training else "eval"
-        tokens = inputs.get("tokens", inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum())
+        if "tokens" in inputs:  # of a piece
+            tokens = inputs["tokens"]
+        else:
+            tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         self._seen = self._seen + torch.stack([correct.sum(), *map(torch.as_tensor, (correct.numel(), tokens))])
         self._pieces -= 1
         if self._pieces > 0:
@@ -239,7 +242,7 @@ def build_trainer(
     if trainer.args.device.type == "cpu" and any(choices.training.get(key) for key in COMPILE_KEYS):
         _compile_layers(trainer.model, choices)
     if trainer.cuts() and takes_flat(choices.training, section):
-        trainer.flat = takes_rows(trainer.model, computes_in(trainer.args))
+        trainer.flat = takes_rows(trainer.model, _computes_in(trainer.args))
         if not trainer.flat:
             choices.made.append(Choice("rows", "one after the other", "this model's layers take none end to end"))
     trainer.optimizer_settings = {key: choices.training[key] for key in OPTIMIZER_KEYS if choices.training.get(key)}
@@ -247,7 +250,7 @@ def build_trainer(
     return trainer
 
 
-def computes_in(args: SFTConfig) -> torch.dtype | None:
+def _computes_in(args: SFTConfig) -> torch.dtype | None:
     """The type of autocast; None where there is none."""
     if args.bf16:
         return torch.bfloat16
