@@ -1,13 +1,15 @@
 """Causal attention on a CPU of rows that lie end to end, behind a beginning that they share: in blocks of matrix products."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
+
+from lora_recipes.model.precision import computing_in
 
 NAME = "rows_end_to_end"
 BLOCK = 96  # tokens whose scores are computed at a time: fewer are slower products, more are scores that nobody needs
@@ -90,7 +92,7 @@ def hands_on_rows(model: PreTrainedModel, layers: int, autocast: torch.dtype | N
     rows, trains = Rows(1, (2, 3)), model.training
     model.train()  # attention's dropout is there only in training
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), attending(model), _computing_in(autocast):
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), attending(model), computing_in(autocast):
             places = torch.tensor([[0, 1, 1]])
             model(input_ids=torch.ones_like(places), position_ids=places, rows=rows, use_cache=False)
     except Exception:  # a model's own code may stumble in any way over what it does not know; it trains without
@@ -123,7 +125,7 @@ def takes_rows(model: PreTrainedModel, autocast: torch.dtype | None) -> bool:
 
     try:
         model.eval()
-        with torch.no_grad(), _computing_in(autocast):
+        with torch.no_grad(), computing_in(autocast):
             with attending(model):
                 found = logits(input_ids=ids[None], position_ids=places, rows=Rows(3, (8, 12)))[0]
             wanted = torch.cat((logits(input_ids=first[None])[0], logits(input_ids=second[None])[0, 3:]))
@@ -133,10 +135,6 @@ def takes_rows(model: PreTrainedModel, autocast: torch.dtype | None) -> bool:
     most = MOST_ERROR[autocast or found.dtype]
     error, effect = (found.float() - wanted.float()).norm(dim=-1), (alone.float() - wanted.float()).norm(dim=-1)
     return bool(error.max() < most * effect.median())
-
-
-def _computing_in(autocast: torch.dtype | None) -> AbstractContextManager[Any]:
-    return torch.autocast("cpu", dtype=autocast) if autocast else nullcontext()
 
 
 def attend(

@@ -10,7 +10,8 @@ from lora_recipes.model.attention import Rows
 from lora_recipes.model.compare import IGNORED
 
 COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
-TOGETHER = 512  # tokens of a piece; a row that is longer is a piece by itself
+# Tokens of a piece, where a row that is longer is a piece by itself: more are faster products, and more memory.
+TOGETHER = {torch.float32: 512, torch.bfloat16: 1024, torch.float16: 1024}
 
 Row = tuple[torch.Tensor, torch.Tensor]  # ids and labels, without padding
 
@@ -34,23 +35,35 @@ def takes_pieces(training: Mapping[str, Any], config: PreTrainedConfig) -> bool:
     return takes_own_loss(training, config) and training.get("neftune_noise_alpha") is None
 
 
+def takes_functions(training: Mapping[str, Any]) -> bool:
+    """Whether functions of our own (`model.fused`, `model.attention`) may stand for a model's layers.
+
+    Not where layers are compiled, which every new set of rows would be anew, and not where the results of some of torch's own
+    functions are kept for backward (`selective`).
+    """
+    selective = (training.get("activation_checkpointing_kwargs") or {}).get("selective")
+    return not (selective or any(training.get(key) for key in COMPILE_KEYS))
+
+
 def takes_flat(training: Mapping[str, Any], lora: Mapping[str, Any]) -> bool:
     """Whether rows may lie end to end where the model takes it.
 
-    Not where layers are compiled, which every new set of rows would be anew; not where attention's own results are kept for
-    backward (`selective`); and not where aLoRA looks for the last invocation of a sequence, to adapt what follows.
+    Not where aLoRA looks for the last invocation of a sequence, to adapt what follows.
     """
-    selective = (training.get("activation_checkpointing_kwargs") or {}).get("selective")
-    compiled = any(training.get(key) for key in COMPILE_KEYS)
-    return not (compiled or selective or lora.get("alora_invocation_tokens"))
+    return takes_functions(training) and not lora.get("alora_invocation_tokens")
 
 
-def largest_piece(rows: int, length: int, *, flat: bool = True) -> int:
+def most_together(autocast: torch.dtype | None) -> int:
+    """Tokens that lie in a piece, computed in this type; None: in the weights' own."""
+    return TOGETHER[autocast or torch.float32]
+
+
+def largest_piece(rows: int, length: int, together: int) -> int:
     """Tokens of the largest piece of a micro-batch whose rows are at most this long."""
-    return max(length, min(rows * length, TOGETHER)) if flat else length
+    return max(length, min(rows * length, together))
 
 
-def pieces(inputs: dict[str, Any], *, flat: bool = True) -> list[dict[str, Any]]:
+def pieces(inputs: dict[str, Any], together: int) -> list[dict[str, Any]]:
     """The micro-batch in pieces that together hold every row once.
 
     A causal model reads a row the same whoever stands beside it, so only the order of sums differs. (Not so where positions
@@ -60,25 +73,26 @@ def pieces(inputs: dict[str, Any], *, flat: bool = True) -> list[dict[str, Any]]
     Args:
         inputs: of a collator, padded on the right: `input_ids`, `labels` and `attention_mask`, each [rows, tokens]; or packed:
             one row of documents, each of which begins where `position_ids` is 0.
-        flat: the model takes several rows end to end (`model.attention`); else each row is a piece.
+        together: tokens of a piece of several rows end to end, where the model takes that (`model.attention`); 0: each row is
+            a piece.
 
     Returns:
-        `input_ids`, `labels` and, where flat, `position_ids` of each piece, [1, tokens]; `rows`: where they lie; `tokens`: of
+        `input_ids`, `labels` and, where rows lie end to end, `position_ids` of each piece, [1, tokens]; `rows`: where they lie; `tokens`: of
         its rows, what they share counted for each. The pieces with the longest rows last.
     """
     found = sorted(rows_of(inputs), key=lambda row: -len(row[0]))
-    if not flat:
+    if not together:
         return [_alone(row) for row in found[::-1]]
     shared = _shared(found)
-    together: list[list[Row]] = []
+    groups: list[list[Row]] = []
     for row in found:
-        for piece in together:
-            if shared + sum(len(ids) - shared for ids, _ in [*piece, row]) <= TOGETHER:
-                piece.append(row)
+        for group in groups:
+            if shared + sum(len(ids) - shared for ids, _ in [*group, row]) <= together:
+                group.append(row)
                 break
         else:
-            together.append([row])
-    return [_end_to_end(piece, shared if len(piece) > 1 else 0) for piece in together[::-1]]
+            groups.append([row])
+    return [_end_to_end(group, shared if len(group) > 1 else 0) for group in groups[::-1]]
 
 
 def _alone(row: Row) -> dict[str, Any]:

@@ -1,8 +1,15 @@
 """The type that frozen weights are kept in while a CPU computes in bf16."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+
+
+def computing_in(autocast: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Autocast of a CPU; None computes in the weights' own type."""
+    return torch.autocast("cpu", dtype=autocast) if autocast else nullcontext()
 
 
 def cast_frozen(model: torch.nn.Module) -> int:

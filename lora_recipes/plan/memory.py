@@ -9,7 +9,14 @@ import torch
 from transformers import PreTrainedConfig
 
 from lora_recipes.model.machine import choose
-from lora_recipes.model.pieces import largest_piece, takes_flat, takes_own_loss, takes_pieces
+from lora_recipes.model.pieces import (
+    largest_piece,
+    most_together,
+    takes_flat,
+    takes_functions,
+    takes_own_loss,
+    takes_pieces,
+)
 from lora_recipes.model.precision import cast_frozen
 from lora_recipes.model.targets import expert_weights
 from lora_recipes.plan.architecture import adapt, base_dtype, base_on_meta, layers_of, quantizable, set_adapter_dtype
@@ -124,7 +131,8 @@ class Estimate:
             padded=self._pads(rows),
             packed=packed,
             accumulates=self.accumulation > 1 or (self.cuts and length < self.rows * self.length),
-            flat=self.length if self._flat else 0,
+            flat=self.length if self._together else 0,
+            fused=self.cuts and takes_functions(training),
         )
 
     def memory(self, step: Step | None = None) -> Memory:
@@ -222,10 +230,10 @@ class Estimate:
         return self.target.gpu is None and takes_pieces(self.choices.training, self.config)
 
     @cached_property
-    def _flat(self) -> bool:
-        """Whether a piece is several rows end to end."""
+    def _together(self) -> int:
+        """Tokens of a piece of several rows end to end; 0 where each row is a piece."""
         allowed = self.cuts and takes_flat(self.choices.training, self.recipe.section("lora"))
-        return allowed and self.rehearsal.takes_rows(self._compute)
+        return most_together(self._compute) if allowed and self.rehearsal.takes_rows(self._compute) else 0
 
     @property
     def _compute(self) -> torch.dtype | None:
@@ -243,7 +251,7 @@ class Estimate:
     def _held(self, rows: int, packed: bool) -> tuple[int, int]:
         """(rows, tokens) that a micro-batch is computed in: one row of all where it is packed, on a CPU a piece of it."""
         if self.cuts:
-            return 1, largest_piece(rows, self.length, flat=self._flat)
+            return 1, largest_piece(rows, self.length, self._together)
         return (1, self.length * rows) if packed else (rows, self.length)
 
     def _certain(self) -> dict[str, int]:

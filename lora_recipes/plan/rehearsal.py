@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, masking_utils
 from transformers.integrations import moe
 
 from lora_recipes.model.attention import Rows, attending, hands_on_rows
-from lora_recipes.model.loss import token_loss
+from lora_recipes.model.fused import computing, fused
+from lora_recipes.model.loss import ends_at_head, head_loss, token_loss
 from lora_recipes.plan.architecture import layers_of
 from lora_recipes.plan.tracker import LiveTensors
 
@@ -40,6 +41,7 @@ class Step:
         packed: documents in one row are kept apart by a mask.
         accumulates: gradients of earlier micro-batches are there already.
         flat: tokens of each of the rows that lie end to end in the one row, as a CPU computes them; 0 where none do.
+        fused: functions of our own stand for layers, as on a CPU (`model.fused`).
     """
 
     rows: int
@@ -52,6 +54,7 @@ class Step:
     packed: bool = False
     accumulates: bool = False
     flat: int = 0
+    fused: bool = False
 
     def rows_inside(self) -> Rows:
         """Where rows that lie end to end do so, none of which shares its beginning."""
@@ -86,8 +89,10 @@ class Rehearsal:
         del layers[kept:]
         self.kept = layers
         self._marked: LiveTensors | None = None
+        self._at_head = False
         for index, layer in enumerate(layers):
             _between_marks(layer, index, self._mark)
+        self.fused = fused(self.base)
         with self.mode:
             _without_memory(model)
 
@@ -96,9 +101,15 @@ class Rehearsal:
         with self.mode, _as_in_training(Step(1, 1, autocast=autocast)):
             return hands_on_rows(self.base, len(self.kept), autocast)
 
+    def _try_head(self, step: Step) -> None:
+        """Whether the head computes the loss at once, as in training."""
+        with self.mode, _as_in_training(Step(1, 1, autocast=step.autocast)):
+            self._at_head = step.loss == "positions" and ends_at_head(self.base, step.autocast)
+
     def peak(self, step: Step) -> Peak:
         """Run one micro-batch forward and backward."""
-        with self.mode, _as_in_training(step), self._attending(step), LiveTensors() as tracker:
+        self._try_head(step)
+        with self.mode, _as_in_training(step), self._computing(step), LiveTensors() as tracker:
             self._prepare(step)
             tracker.ignore([*self.model.parameters(), *self.model.buffers()])
             for parameter in self.model.parameters():
@@ -117,14 +128,17 @@ class Rehearsal:
 
     def evaluation_peak(self, step: Step) -> int:
         """Bytes that a micro-batch without gradients holds at its peak."""
-        with self.mode, _as_in_training(step), self._attending(step), torch.no_grad(), LiveTensors() as tracker:
+        self._try_head(step)
+        with self.mode, _as_in_training(step), self._computing(step), torch.no_grad(), LiveTensors() as tracker:
             self.model.eval()
             tracker.ignore([*self.model.parameters(), *self.model.buffers()])
             self._loss(step)
         return tracker.peak
 
-    def _attending(self, step: Step) -> AbstractContextManager[None]:
-        return attending(self.base) if step.flat else nullcontext()
+    @contextmanager
+    def _computing(self, step: Step) -> Iterator[None]:
+        with attending(self.base) if step.flat else nullcontext(), computing(self.fused if step.fused else {}):
+            yield
 
     def _mark(self, label: tuple[str, int]) -> None:
         if self._marked is not None:
@@ -166,19 +180,27 @@ class Rehearsal:
 
     def _loss_at_positions(self, step: Step, count: int) -> torch.Tensor:
         """The loss that `lora_recipes.train.trainer` computes on a CPU: logits at `count` positions only."""
-        hook = self.base.get_output_embeddings().register_forward_pre_hook(
-            lambda module, arguments: (_picked(arguments[0][:, :-1], count), *arguments[1:])
-        )
+        head, targets = self.base.get_output_embeddings(), torch.zeros(count, dtype=torch.long)
         inputs: dict[str, Any] = {"input_ids": torch.zeros((step.rows, step.length), dtype=torch.long)}
         if step.flat:
             inputs |= {"position_ids": torch.zeros_like(inputs["input_ids"]), "rows": step.rows_inside()}
+        if self._at_head:
+
+            def loss_of(hidden: torch.Tensor) -> torch.Tensor:
+                return head_loss(head, _picked(hidden[:, :-1], count), targets, count)[0]
+
+            with computing({head: loss_of}):
+                return self.model(**inputs, use_cache=False).logits
+        hook = head.register_forward_pre_hook(
+            lambda module, arguments: (_picked(arguments[0][:, :-1], count), *arguments[1:])
+        )
         try:
             # accelerate's autocast ends with the model, whose outputs it makes float32
             logits = self.model(**inputs, use_cache=False).logits.float()
         finally:
             hook.remove()
         with torch.autocast("cpu", enabled=False):
-            loss, _ = token_loss(logits, torch.zeros(count, dtype=torch.long), count)
+            loss, _ = token_loss(logits, targets, count)
         return loss
 
     def _unrolled(self, tracker: LiveTensors, start: int) -> Peak:

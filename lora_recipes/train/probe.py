@@ -66,7 +66,7 @@ class LongestFirst(TrainerCallback):
         with torch.random.fork_rng(devices=devices):
             inputs = trainer._prepare_inputs(batch)
             # Both are entered around a training_step, by RecipeTrainer and by TRL.
-            with trainer.attending(), trainer.maybe_activation_offload_context:
+            with trainer.computing(), trainer.maybe_activation_offload_context:
                 with trainer.compute_loss_context_manager():
                     count = (inputs["labels"][:, 1:] >= 0).sum()
                     loss = trainer.compute_loss(trainer.model_wrapped, inputs, num_items_in_batch=count)

@@ -1,7 +1,7 @@
 """One `SFTTrainer` out of the recipe's sections, and the steps and loss that suit a CPU."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from lora_recipes.data.masks import IGNORED
 from lora_recipes.errors import RecipeError
 from lora_recipes.model.attention import attending, takes_rows
 from lora_recipes.model.build import refusals_of
+from lora_recipes.model.fused import computing, fused
 from lora_recipes.model.initialise import (
     EVA_BATCHES,
     begin,
@@ -28,9 +29,17 @@ from lora_recipes.model.initialise import (
     require_matrices,
     starting_config,
 )
-from lora_recipes.model.loss import token_loss
+from lora_recipes.model.loss import ends_at_head, head_loss, token_loss
 from lora_recipes.model.machine import Choice, Choices
-from lora_recipes.model.pieces import COMPILE_KEYS, pieces, takes_flat, takes_own_loss, takes_pieces
+from lora_recipes.model.pieces import (
+    COMPILE_KEYS,
+    most_together,
+    pieces,
+    takes_flat,
+    takes_functions,
+    takes_own_loss,
+    takes_pieces,
+)
 from lora_recipes.model.precision import cast_frozen
 from lora_recipes.plan.architecture import layers_of
 from lora_recipes.recipe import Recipe
@@ -56,11 +65,15 @@ class RecipeTrainer(GuardedTrainer):
         batch_shape: of what was computed last: a micro-batch, or a piece of one.
         optimizer_settings: the recipe's own keys for LoRA+ or LoRA-FA.
         recipe: that is trained.
-        flat: on a CPU: the model takes rows end to end.
+        together: on a CPU: tokens of a piece of rows end to end, where the model takes that.
+        ends_at_head: on a CPU: the model's logits are its head's, so that the head can compute the loss at once.
+        fused: on a CPU: layers that functions of our own compute.
     """
 
     recipe: Recipe
-    flat: bool = False
+    together: int = 0
+    ends_at_head: bool = False
+    fused: Mapping[torch.nn.Module, Callable[..., torch.Tensor]] = {}
     batch_shape: tuple[int, ...] | None = None
     optimizer_settings: Mapping[str, Any] = {}
     _pieces = 1  # of the micro-batch, that are still to come
@@ -98,7 +111,7 @@ class RecipeTrainer(GuardedTrainer):
         cut = self._cut(inputs)
         self._pieces, self._seen = len(cut), 0
         losses = []
-        with self.attending():
+        with self.computing():
             for number, piece in enumerate(cut, start=1):
                 # Gradients of other ranks are waited for once a micro-batch.
                 with nullcontext() if number == len(cut) else self.accelerator.no_sync(model):
@@ -116,7 +129,7 @@ class RecipeTrainer(GuardedTrainer):
         divisor = max(1, sum(int(_scored(piece["labels"]).sum()) for piece in cut))
         self._pieces, self._seen = len(cut), 0
         losses = []
-        with torch.no_grad(), self.compute_loss_context_manager(), self.attending():
+        with torch.no_grad(), self.compute_loss_context_manager(), self.computing():
             for piece in cut:
                 self.batch_shape = tuple(piece["input_ids"].shape)
                 losses.append(self._own_loss(model, piece, divisor))
@@ -133,7 +146,7 @@ class RecipeTrainer(GuardedTrainer):
 
         TRL's fused head scores every position where there is no Triton, masked or not, and computes it twice.
         """
-        if return_outputs or not self._suits_cpu_loss():
+        if return_outputs or not self.suits_cpu_loss():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         count = _scored(inputs["labels"]).sum() if num_items_in_batch is None else num_items_in_batch
         divisor = max(1.0, float(count))
@@ -150,27 +163,40 @@ class RecipeTrainer(GuardedTrainer):
         if "rows" in inputs:  # whose memory goes with the graph: the piece itself is kept until the optimizer steps
             forwarded["rows"] = replace(inputs["rows"])
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda module, arguments: (arguments[0][:, :-1][scored], *arguments[1:]))
-        try:
-            logits = model(**forwarded, use_cache=False).logits  # [trained tokens, vocabulary]
-        finally:
-            hook.remove()
-        loss, correct = token_loss(logits, targets, divisor, dft=self.args.loss_type == "dft")
+        dft = self.args.loss_type == "dft"
+        if self.ends_at_head:
+            found: list[torch.Tensor] = []  # the loss; for each token whether it was predicted
+
+            def loss_of(hidden: torch.Tensor) -> torch.Tensor:
+                found.extend(head_loss(head, hidden[:, :-1][scored], targets, divisor, dft=dft))
+                return found[0]
+
+            with computing({head: loss_of}):
+                loss = model(**forwarded, use_cache=False).logits
+            correct = found[1]
+        else:
+            with _only(head, scored):
+                logits = model(**forwarded, use_cache=False).logits  # [trained tokens, vocabulary]
+            loss, correct = token_loss(logits, targets, divisor, dft=dft)
         self._count(model.training, inputs, correct)
         return loss
 
-    def attending(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def computing(self) -> Iterator[None]:
         """In which pieces are computed, forward and backward."""
-        return attending(self.accelerator.unwrap_model(self.model)) if self.flat else nullcontext()
+        flat = attending(self.accelerator.unwrap_model(self.model)) if self.together else nullcontext()
+        with flat, computing(self.fused):
+            yield
 
     def _cut(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        return pieces(inputs, flat=self.flat)
+        return pieces(inputs, self.together)
 
     def cuts(self) -> bool:
         """Whether micro-batches are computed in pieces."""
-        return self._suits_cpu_loss() and takes_pieces(vars(self.args), self.model.config)
+        return self.suits_cpu_loss() and takes_pieces(vars(self.args), self.model.config)
 
-    def _suits_cpu_loss(self) -> bool:
+    def suits_cpu_loss(self) -> bool:
+        """Whether the loss is that of `model.loss`."""
         return self.args.device.type == "cpu" and takes_own_loss(vars(self.args), self.model.config)
 
     def _count(self, training: bool, inputs: dict[str, torch.Tensor], correct: torch.Tensor) -> None:
@@ -241,13 +267,34 @@ def build_trainer(
         choices.made.append(Choice("frozen weights", "bf16", "autocast would cast them anew in every forward"))
     if trainer.args.device.type == "cpu" and any(choices.training.get(key) for key in COMPILE_KEYS):
         _compile_layers(trainer.model, choices)
-    if trainer.cuts() and takes_flat(choices.training, section):
-        trainer.flat = takes_rows(trainer.model, _computes_in(trainer.args))
-        if not trainer.flat:
-            choices.made.append(Choice("rows", "one after the other", "this model's layers take none end to end"))
+    _suit_cpu(trainer, section, choices)
     trainer.optimizer_settings = {key: choices.training[key] for key in OPTIMIZER_KEYS if choices.training.get(key)}
     freeze_what_never_moves(trainer.model, recipe, trainer.optimizer_settings)
     return trainer
+
+
+@contextmanager
+def _only(head: torch.nn.Module, scored: torch.Tensor) -> Iterator[None]:
+    """Meanwhile the head is given the scored positions alone."""
+    hook = head.register_forward_pre_hook(lambda module, arguments: (arguments[0][:, :-1][scored], *arguments[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _suit_cpu(trainer: RecipeTrainer, lora: Mapping[str, Any], choices: Choices) -> None:
+    """Find out what this model lets a CPU compute otherwise than by the model's own code."""
+    autocast = _computes_in(trainer.args)
+    if trainer.suits_cpu_loss():
+        trainer.ends_at_head = ends_at_head(trainer.model, autocast)
+    if trainer.cuts() and takes_functions(choices.training):
+        trainer.fused = fused(trainer.model)
+    if trainer.cuts() and takes_flat(choices.training, lora):
+        if takes_rows(trainer.model, autocast):
+            trainer.together = most_together(autocast)
+        else:
+            choices.made.append(Choice("rows", "one after the other", "this model's layers take none end to end"))
 
 
 def _computes_in(args: SFTConfig) -> torch.dtype | None:

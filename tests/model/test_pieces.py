@@ -30,11 +30,13 @@ def packed(*lengths: int) -> dict[str, torch.Tensor]:
 LENGTHS = [(7,), (50, 50, 50, 50), (500, 20, 30, 25), (800, 790, 3), tuple(range(1, 130, 9)), (512, 256, 256, 1)]
 
 
-@pytest.mark.parametrize("flat", [True, False], ids=["flat", "alone"])
+@pytest.mark.parametrize("together", [512, 1024, 0], ids=["512", "1024", "alone"])
 @pytest.mark.parametrize("made", [batch, packed], ids=["padded", "packed"])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_the_pieces_hold_every_row_once_and_are_never_larger_than_planned(made, lengths: tuple[int, ...], flat: bool):
-    cut = pieces(made(*lengths), flat=flat)
+def test_the_pieces_hold_every_row_once_and_are_never_larger_than_planned(
+    made, lengths: tuple[int, ...], together: int
+):
+    cut = pieces(made(*lengths), together)
     whole = batch(*lengths)
     expected = [
         (whole["input_ids"][n, :length].tolist(), whole["labels"][n, :length].tolist())
@@ -42,9 +44,9 @@ def test_the_pieces_hold_every_row_once_and_are_never_larger_than_planned(made, 
         if length > 1  # one token has nothing to predict
     ]
     assert sorted(told(cut)) == sorted(expected)
-    assert max(piece["input_ids"].numel() for piece in cut) <= largest_piece(len(lengths), max(lengths), flat=flat)
+    assert max(piece["input_ids"].numel() for piece in cut) <= largest_piece(len(lengths), max(lengths), together)
     assert sum(piece["tokens"] for piece in cut) == sum(len(ids) for ids, _ in expected)
-    assert flat or all("rows" not in piece for piece in cut)
+    assert together or all("rows" not in piece for piece in cut)
 
 
 def told(cut: list[dict]) -> list[tuple[list[int], list[int]]]:
@@ -55,12 +57,12 @@ def told(cut: list[dict]) -> list[tuple[list[int], list[int]]]:
 def test_padding_at_the_end_of_a_packed_row_is_not_computed():
     one = packed(30, 20)
     padded = {key: torch.cat([rows, torch.zeros((1, 14), dtype=torch.long)], dim=1) for key, rows in one.items()}
-    assert told(pieces(padded)) == told(pieces(one))
-    assert len(pieces(packed(1))) == 1
+    assert told(pieces(padded, 512)) == told(pieces(one, 512))
+    assert len(pieces(packed(1), 512)) == 1
 
 
 def test_rows_lie_end_to_end_and_fill_a_piece_before_the_next_one_is_begun():
-    assert [piece["rows"].ends for piece in pieces(batch(20, 400, 300, 25))] == [(300,), (400, 425, 445)]
+    assert [piece["rows"].ends for piece in pieces(batch(20, 400, 300, 25), 512)] == [(300,), (400, 425, 445)]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_the_beginning_that_all_rows_share_and_none_is_trained_behind_is_there_o
         "labels": torch.tensor([labels + [IGNORED] * (wide - len(labels)) for _, labels in rows]),
         "attention_mask": torch.tensor([[1] * len(ids) + [0] * (wide - len(ids)) for ids, _ in rows]),
     }
-    (piece,) = pieces(padded)
+    (piece,) = pieces(padded, 512)
     assert piece["rows"].shared == shared
     assert piece["input_ids"].numel() == sum(len(ids) for ids, _ in rows) - shared * (len(rows) - 1)
     found = {tuple(ids): labels for ids, labels in told([piece])}

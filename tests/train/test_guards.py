@@ -66,7 +66,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_its_step_and_names_the_ro
     capsys: pytest.CaptureFixture,
 ):
     if not pieces:
-        monkeypatch.setattr(RecipeTrainer, "_suits_cpu_loss", lambda self: False)
+        monkeypatch.setattr(RecipeTrainer, "suits_cpu_loss", lambda self: False)
     keys = {"max_steps": 12, "save_strategy": "steps", "save_steps": 1, "logging_steps": 50} | training
     assert launch(str(write_recipe(dataset=poisoned, training=keys)), []) == 4
     said = capsys.readouterr().err

@@ -61,7 +61,7 @@ def late_long_row(workdir: Path) -> dict[str, Any]:
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole micro-batches, of which the longest is tried before the first step."""
     monkeypatch.setattr(LongestFirst, "_measures", lambda self: False)
-    monkeypatch.setattr(RecipeTrainer, "_suits_cpu_loss", lambda self: False)
+    monkeypatch.setattr(RecipeTrainer, "suits_cpu_loss", lambda self: False)
     monkeypatch.setattr("lora_recipes.train.memory.target_for", lambda recipe: target_of("24GiB", None, None))
 
 

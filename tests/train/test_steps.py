@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, MixtralConfig, MixtralForCausalLM
 
 from lora_recipes.model.machine import choose
+from lora_recipes.model.pieces import TOGETHER
 from lora_recipes.model.precision import cast_frozen
 from lora_recipes.plan import Estimate, config_of, target_for
 from lora_recipes.plan.rehearsal import Rehearsal
@@ -68,21 +69,22 @@ def test_a_step_in_pieces_is_the_step_of_the_whole_micro_batch(
     monkeypatch: pytest.MonkeyPatch,
 ):
     keys = {"loss_type": loss_type, "packing": packing, "activation_checkpointing": checkpointing}
+    monkeypatch.setitem(TOGETHER, torch.float32, 300)
     made = off_the_start(make_trainer(write_recipe(training=keys)))
-    monkeypatch.setattr("lora_recipes.model.pieces.TOGETHER", 300)
     cut: list[list[dict[str, Any]]] = []
     real = trainer.pieces
     monkeypatch.setattr(trainer, "pieces", lambda *given, **named: cut.append(found := real(*given, **named)) or found)
-    assert made.flat
+    assert made.together == 300 and made.ends_at_head and made.fused
     ours = one_step(made)
     assert len(cut[0]) > 1  # there was something to cut
     assert any(piece["rows"].shared for piece in cut[0]) and any(len(piece["rows"].ends) > 1 for piece in cut[0])
     assert not any(piece["rows"]._floats for piece in cut[0])  # it is kept until the optimizer steps
-    made.flat = False
+    made.together = 0
     alone = one_step(made)
     assert len(cut[1]) > len(cut[0])
     require_same(ours, alone)
-    monkeypatch.setattr(trainer, "pieces", lambda inputs, *, flat: [inputs])
+    monkeypatch.setattr(trainer, "pieces", lambda inputs, together: [inputs])
+    made.ends_at_head, made.fused = False, {}
     require_same(ours, one_step(made))
 
 
@@ -90,10 +92,10 @@ def test_the_losses_of_a_run_are_those_of_the_plain_path(
     write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ):
     """Step by step, with accumulation: TRL's own loss on padded micro-batches, and ours."""
-    monkeypatch.setattr("lora_recipes.model.pieces.TOGETHER", 300)
+    monkeypatch.setitem(TOGETHER, torch.float32, 300)
     keys = {"max_steps": 6, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
     assert launch(str(write_recipe("pieces", training=keys)), []) == 0
-    monkeypatch.setattr(RecipeTrainer, "_suits_cpu_loss", lambda self: False)
+    monkeypatch.setattr(RecipeTrainer, "suits_cpu_loss", lambda self: False)
     assert launch(str(write_recipe("plain", training=keys)), []) == 0
     ours, plain = (
         [row["loss"] for row in read_jsonl(RunDir.of(name).metrics) if "loss" in row] for name in ("pieces", "plain")
@@ -175,14 +177,14 @@ def test_bf16_is_kept_on_a_cpu_that_is_fast_at_it(
 def test_an_evaluation_in_pieces_is_the_evaluation_of_whole_micro_batches(
     write_recipe: Callable[..., Path], packing: bool, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setitem(TOGETHER, torch.float32, 300)
     made = off_the_start(make_trainer(write_recipe(training={"per_device_eval_batch_size": 5, "packing": packing})))
-    monkeypatch.setattr("lora_recipes.model.pieces.TOGETHER", 300)
     cut: list[list[dict[str, Any]]] = []
     real = trainer.pieces
     monkeypatch.setattr(trainer, "pieces", lambda *given, **named: cut.append(found := real(*given, **named)) or found)
     ours = made.evaluate()
     assert max(map(len, cut)) > 1
-    monkeypatch.setattr(RecipeTrainer, "_suits_cpu_loss", lambda self: False)
+    monkeypatch.setattr(RecipeTrainer, "suits_cpu_loss", lambda self: False)
     trls = made.evaluate()
     for name in ("eval_loss", "eval_mean_token_accuracy"):
         assert ours[name] == pytest.approx(trls[name], rel=1e-5)
@@ -211,7 +213,7 @@ def test_steps_are_cut_and_planned_alike_where_trl_adds_nothing_to_the_loss(
     name = str(tiny_model) if kind == "llama" else str(mixtral(tiny_model, workdir / "mixtral"))
     path = write_recipe(model={"pretrained_model_name_or_path": name}, training=training)
     made = make_trainer(path)
-    assert made._suits_cpu_loss() is own is not (made.aux_loss_enabled or made.label_smoother is not None)
+    assert made.suits_cpu_loss() is own is not (made.aux_loss_enabled or made.label_smoother is not None)
     assert made.cuts() is cut
     recipe = load_recipe(path)
     estimate = Estimate(recipe, config_of(recipe), target_for(recipe))
@@ -245,7 +247,7 @@ def test_rows_are_computed_one_after_the_other_where_a_setting_needs_it(
     path = write_recipe(**keys)
     assert load_recipe(path).get("training.per_device_train_batch_size") > 1
     made = make_trainer(path)
-    assert made.cuts() and not made.flat
+    assert made.cuts() and not made.together
     step = Estimate(recipe := load_recipe(path), config_of(recipe), target_for(recipe)).step()
     assert (step.flat, step.rows, step.length) == (0, 1, recipe.get("training.max_length"))
 

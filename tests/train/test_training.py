@@ -110,7 +110,7 @@ def test_the_cpu_loss_is_trls_loss_in_value_and_gradient(
 
     torch.manual_seed(0)
     ours, our_gradients = loss_and_gradients()
-    monkeypatch.setattr(RecipeTrainer, "_suits_cpu_loss", lambda self: False)
+    monkeypatch.setattr(RecipeTrainer, "suits_cpu_loss", lambda self: False)
     torch.manual_seed(0)
     theirs, their_gradients = loss_and_gradients()
     assert ours == pytest.approx(theirs, rel=1e-5)

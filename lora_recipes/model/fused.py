@@ -1,0 +1,164 @@
+"""RMS norms and LoRA layers as a CPU computes them with least traffic: each one function, with a backward of its own."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch.nn.functional import linear
+
+Forwards = Mapping[torch.nn.Module, Callable[..., torch.Tensor]]
+
+
+@contextmanager
+def computing(forwards: Forwards) -> Iterator[None]:
+    """Meanwhile these modules are computed so; backward must be in it too, where activations are computed anew."""
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
+
+
+def fused(model: torch.nn.Module) -> Forwards:
+    """The modules that this room has a function for: frozen RMS norms, and LoRA on linear layers.
+
+    Whether a norm is one is found out by trying its class, on weights that are made up. A LoRA layer that does more than
+    plain LoRA is left to PEFT, whenever it does.
+    """
+    offsets: dict[type, int | None] = {}
+    found = {}
+    for module in model.modules():
+        if type(module) is LoraLinear:
+            found[module] = partial(_adapted, module)
+        elif _looks_normed(module):
+            kind = type(module)
+            if kind not in offsets:
+                offsets[kind] = _offset(module)
+            if (offset := offsets[kind]) is not None:
+                found[module] = partial(_normed, module, offset)
+    return found
+
+
+def _looks_normed(module: torch.nn.Module) -> bool:
+    """Whether all that it has are one frozen weight and an epsilon."""
+    if [*module._parameters, *module._buffers, *module._modules] != ["weight"] or _eps(module) is None:
+        return False
+    weight = module.weight
+    return isinstance(weight, torch.Tensor) and weight.dim() == 1 and not weight.requires_grad
+
+
+def _eps(module: torch.nn.Module) -> float | None:
+    found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return found if isinstance(found, float) else None
+
+
+def _offset(module: torch.nn.Module) -> int | None:
+    """What a norm adds to its weight: nothing, or 1 as Gemma's do; None where it is no RMS norm."""
+    made = torch.Generator().manual_seed(0)
+    alike = copy.copy(module)
+    alike._parameters = {"weight": torch.nn.Parameter(torch.rand(module.weight.shape, generator=made), False)}
+    hidden = torch.randn(3, len(alike.weight), generator=made)
+    try:
+        wanted = alike(hidden)
+    except Exception:  # a model's own code, on a shape that it may not know
+        return None
+    same = (offset for offset in (0, 1) if torch.allclose(_normed(alike, offset, hidden), wanted, 1e-4, 1e-5))
+    return next(same, None)
+
+
+def _normed(module: torch.nn.Module, offset: int, hidden: torch.Tensor) -> torch.Tensor:
+    weight = module.weight
+    if (
+        torch.promote_types(hidden.dtype, weight.dtype) != hidden.dtype
+    ):  # of what type the result is, each model says itself
+        return type(module).forward(module, hidden)
+    return _Norm.apply(hidden, weight + offset if offset else weight, _eps(module))
+
+
+class _Norm(torch.autograd.Function):
+    """hidden / root of its mean square x scale, computed in float32; arXiv 1910.07467."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
+        exact = hidden.float()
+        inverse = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+        inverse.square_().div_(hidden.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(hidden, scale, inverse)
+        return torch.mul(exact, inverse).mul_(scale).to(hidden.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        hidden, scale, inverse = ctx.saved_tensors
+        exact = hidden.float()
+        slope = torch.mul(grad.float(), scale)
+        along = torch.mul(slope, exact).sum(-1, keepdim=True)
+        along.mul_(inverse.pow(3)).div_(-hidden.shape[-1])
+        return slope.mul_(inverse).addcmul_(exact, along).to(hidden.dtype), None, None
+
+
+def _adapted(module: LoraLinear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    name = _only_adapter(module)
+    if name is None or args or kwargs:
+        return LoraLinear.forward(module, x, *args, **kwargs)
+    base, first, second = module.base_layer, module.lora_A[name].weight, module.lora_B[name].weight
+    autocast = torch.is_autocast_enabled("cpu")
+    if not autocast and not x.dtype == base.weight.dtype == first.dtype == second.dtype:
+        return LoraLinear.forward(module, x)
+    low = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    with torch.autocast("cpu", enabled=False):
+        return _Adapted.apply(x, base.weight, base.bias, first, second, module.scaling[name], low)
+
+
+def _only_adapter(module: LoraLinear) -> str | None:
+    """The adapter, where the layer does no more than W x + b + scaling B A x, and nothing looks on."""
+    names, base = module.active_adapters, module.base_layer
+    if len(names) != 1 or module.disable_adapters or module.merged or type(base) is not torch.nn.Linear:
+        return None
+    name = names[0]
+    if name not in module.lora_A or name in module.lora_variant or module.lora_bias[name]:
+        return None
+    parts = (base, module.lora_A[name], module.lora_B[name])
+    dropped = module.lora_dropout[name]
+    drops = dropped.training and not isinstance(dropped, torch.nn.Identity)
+    trained = any(parameter.requires_grad for parameter in base.parameters())
+    return None if drops or trained or any(part._forward_hooks or part._forward_pre_hooks for part in parts) else name
+
+
+class _Adapted(torch.autograd.Function):
+    """A linear layer with its adapter, in the low type: the adapter's share is added to the products where they lie."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        scaling: float,
+        low: torch.dtype,
+    ) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1]).to(low)
+        weight, low_first, low_second = weight.to(low), first.to(low), second.to(low)
+        inner = torch.mm(rows, low_first.T).mul_(scaling)
+        out = linear(rows, weight, None if bias is None else bias.to(low)).addmm_(inner, low_second.T)
+        ctx.save_for_backward(rows, inner, weight, low_first, low_second)
+        ctx.scaling, ctx.shape, ctx.types = scaling, x.shape, (x.dtype, first.dtype, second.dtype)
+        return out.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, inner, weight, first, second = ctx.saved_tensors
+        of_x, of_first, of_second = ctx.types
+        grad = grad.reshape(-1, grad.shape[-1])
+        slope = torch.mm(grad, second).mul_(ctx.scaling)
+        behind = None
+        if ctx.needs_input_grad[0]:
+            behind = torch.mm(grad, weight).addmm_(slope, first).view(ctx.shape).to(of_x)
+        return behind, None, None, (slope.T @ rows).to(of_first), (grad.T @ inner).to(of_second), None, None

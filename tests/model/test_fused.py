@@ -1,0 +1,189 @@
+"""Functions that stand for a model's layers: the same values and gradients, and only where a layer does no more than they."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from lora_recipes.model.fused import computing, fused
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+LORA = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear"}
+
+
+class Layered(LlamaRMSNorm):
+    """Looks like an RMS norm and is none."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return nn.functional.layer_norm(hidden, hidden.shape[-1:], self.weight, eps=self.variance_epsilon)
+
+
+class Centred(LlamaRMSNorm):
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.bias = nn.Parameter(torch.ones(size))
+
+
+def made(kind: str = "llama", lora: dict[str, Any] = LORA, **config: Any) -> nn.Module:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **config))
+    model = get_peft_model(base, LoraConfig(**lora))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "norm" in name:
+                parameter.normal_(0.3, 0.1)
+    return model.train()
+
+
+def step(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """The loss and all gradients of one step."""
+    ids = torch.arange(2, 26).view(2, 12)
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    grads = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+    return {"loss": loss.detach()} | grads
+
+
+def frozen(norm: nn.Module) -> nn.Module:
+    nn.init.normal_(norm.weight, 0.5)
+    return norm.requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Qwen3RMSNorm, Gemma3RMSNorm])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_is_the_models_own(kind: type, dtype: torch.dtype):
+    norm = frozen(kind(24)).to(dtype)
+    hidden = torch.randn(2, 5, 24, dtype=dtype, requires_grad=True)
+    weight = torch.randn(2, 5, 24)
+
+    def both() -> tuple[torch.Tensor, torch.Tensor]:
+        out = norm(hidden)
+        (slope,) = torch.autograd.grad((out.float() * weight).sum(), hidden)
+        return out, slope
+
+    wanted = both()
+    with computing(fused(norm)):
+        found = both()
+    assert "forward" not in vars(norm)
+    near = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, **near)
+    assert found[0].grad_fn.name() == "_NormBackward"
+
+
+@pytest.mark.parametrize(
+    "norm", [LlamaRMSNorm(8), frozen(Layered(8)), frozen(Centred(8)), frozen(nn.LayerNorm(8))], ids=repr
+)
+def test_a_norm_that_is_trained_or_does_something_else_is_left_alone(norm: nn.Module):
+    assert not fused(norm)
+
+
+def test_a_norm_says_itself_of_what_type_its_result_is():
+    """Of a bf16 input and a float32 weight Llama makes float32, and Gemma bf16."""
+    hidden = torch.randn(3, 8, dtype=torch.bfloat16)
+    for kind, dtype in ((LlamaRMSNorm, torch.float32), (Gemma3RMSNorm, torch.bfloat16)):
+        norm = frozen(kind(8))
+        with computing(fused(norm)):
+            assert norm(hidden).dtype == dtype
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "qwen2"])
+def test_a_step_is_the_step_of_the_models_own_layers(kind: str):
+    model = made(kind)
+    layers = fused(model)
+    names = {type(module).__name__ for module in layers}
+    assert "Linear" in names and any("RMSNorm" in name for name in names)
+    wanted = step(model)
+    with computing(layers):
+        found = step(model)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_in_bf16_a_step_is_as_near_to_the_exact_one_as_that_of_the_models_own_layers():
+    model = made()
+    exact, wanted = step(model), step(model, torch.bfloat16)
+    with computing(fused(model)):
+        found = step(model, torch.bfloat16)
+
+    def error(of: dict[str, torch.Tensor]) -> float:
+        return sum(float((of[name] - value).norm() / value.norm()) for name, value in exact.items()) / len(exact)
+
+    assert 0 < error(found) < 1.1 * error(wanted)
+
+
+@pytest.mark.parametrize(
+    ("lora", "plain"),
+    [
+        ({}, True),
+        ({"use_rslora": True}, True),
+        ({"lora_dropout": 0.5}, False),
+        ({"use_dora": True}, False),
+        ({"lora_bias": True}, False),
+        ({"bias": "lora_only"}, False),
+    ],
+    ids=str,
+)
+def test_what_is_more_than_plain_lora_is_left_to_peft(lora: dict[str, Any], plain: bool):
+    model = made("qwen2", LORA | lora)  # which has biases
+    layer = next(module for name, module in model.named_modules() if name.endswith("q_proj"))
+    x = torch.randn(3, 32, requires_grad=True)
+    with computing(fused(model)):
+        assert (layer(x).grad_fn.name() == "_AdaptedBackward") is plain
+        model.eval()
+        assert (layer(x).grad_fn.name() == "_AdaptedBackward") is (plain or "lora_dropout" in lora)
+        with model.disable_adapter():
+            assert layer(x).grad_fn.name() != "_AdaptedBackward"
+            torch.testing.assert_close(layer(x), layer.base_layer(x))
+        seen: list[Any] = []
+        with layer.base_layer.register_forward_hook(lambda *given: seen.append(given)):
+            layer(x)
+        assert seen
+
+
+def test_merged_and_further_adapters_are_left_to_peft():
+    model = made()
+    model.add_adapter("other", LoraConfig(**LORA))
+    layer = next(module for name, module in model.named_modules() if name.endswith("q_proj"))
+    x = torch.randn(3, 32)
+    with computing(fused(model)):
+        model.set_adapter("other")
+        other = layer(x)
+        torch.testing.assert_close(other, layer.base_layer(x))  # its B is 0
+        model.set_adapter("default")
+        one = layer(x)
+        assert not torch.allclose(one, other)
+        model.base_model.set_adapter(["default", "other"])
+        torch.testing.assert_close(layer(x), one)
+        model.set_adapter("default")
+        model.merge_adapter()
+        torch.testing.assert_close(layer(x), one, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_another_type_than_the_adapters_are_left_to_peft_unless_autocast_says_what_to_compute_in():
+    model = made()
+    layer = copy.deepcopy(next(module for name, module in model.named_modules() if name.endswith("q_proj")))
+    layer.base_layer.bfloat16()
+    x = torch.randn(3, 32, dtype=torch.bfloat16, requires_grad=True)
+    with computing(fused(layer)):
+        assert layer(x).dtype == torch.bfloat16 and layer(x).grad_fn.name() != "_AdaptedBackward"
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16 and layer(x).grad_fn.name() == "_AdaptedBackward"
