@@ -39,9 +39,12 @@ class Options:
     cores: int = 1
     device: str = "cpu"
     go_on: bool = False  # keep what is measured already
+    pairs: Sequence[Way] = ()  # that are measured in every round, and nothing else
 
     @property
     def section(self) -> str:
+        if self.pairs:
+            return "job-pairs"
         return "job" if self.device == "cpu" else f"job-{self.device}"
 
     def card(self) -> Row:
@@ -160,6 +163,8 @@ def order(options: Options, rows: Sequence[Row], job: str, number: int, bf16: bo
     Args:
         bf16: the other tools are measured in bf16 too, where this CPU's products are faster in it.
     """
+    if options.pairs:
+        return list(options.pairs if number % 2 else options.pairs[::-1])
     if number == 1:
         ways: list[Way] = [(name, None) for name in options.names]
         others = [name for name in options.names if not _is_ours(name) and options.device == "cpu"]

@@ -38,7 +38,7 @@ def main() -> None:
     if "job" in sections and not args.tables:
         _ready(parser, args)
     for name in sections:
-        section = f"job-{args.device}" if name == "job" and args.device != "cpu" else name
+        section = _options(args).section if name == "job" else name
         print(f"== {section}", flush=True)
         measure, markdown = SECTIONS[name]
         if not args.tables:
@@ -66,6 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     of_job = parser.add_argument_group("job")
     of_job.add_argument("--with-peers", action="store_true", help="install and measure the other tools too")
     of_job.add_argument("--only-peers", nargs="+", metavar="TOOL", help=f"only these, of {', '.join(peers.PEERS)}")
+    of_job.add_argument(
+        "--pairs",
+        nargs="+",
+        type=_way,
+        default=[],
+        metavar="TOOL[:VARIANT]",
+        help=f"only these, all in every round, into a table of their own; variants: {', '.join(job.VARIANTS)}",
+    )
     of_job.add_argument("--jobs", nargs="+", choices=peers.TARGETS, default=list(peers.TARGETS))
     of_job.add_argument("--steps", type=int, default=40)
     of_job.add_argument("--rounds", type=int, default=3)
@@ -83,6 +91,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _way(word: str) -> job.Way:
+    name, _, variant = word.partition(":")
+    if variant and variant not in job.VARIANTS:
+        raise argparse.ArgumentTypeError(f"no variant {variant!r}")
+    return name, variant or None
+
+
 def _words(words: list[str]) -> list[str]:
     """The command line, without this machine's folders."""
     return [Path(word).name if os.sep in word else word for word in words]
@@ -90,7 +105,7 @@ def _words(words: list[str]) -> list[str]:
 
 def _ready(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Lay the lab out, and install what will be measured."""
-    unknown = [name for name in args.only_peers or () if name not in peers.PEERS]
+    unknown = [name for name in _tools(args) if name not in peers.PEERS]
     if unknown:
         parser.error(f"no tool {unknown[0]!r}; there are {', '.join(peers.PEERS)}")
     if args.data:
@@ -109,17 +124,20 @@ def _ready(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 def _tools(args: argparse.Namespace) -> list[str]:
     """What is measured, in the order of the first round."""
-    if args.only_peers:
-        return list(args.only_peers)
+    if args.only_peers or args.pairs:
+        return list(args.only_peers or dict.fromkeys(name for name, _ in args.pairs))
     if args.device == "gpu":
         return [name for name, tool in OURS.items() if name != "lora-recipes-float32"] + ["trl"]
     return [*job.OURS, *(OTHERS if args.with_peers else ())]
 
 
+def _options(args: argparse.Namespace) -> job.Options:
+    asked = (args.steps, args.rounds, args.cores, args.device, args.go_on, args.pairs)
+    return job.Options(args.lab, _tools(args), args.jobs, *asked)
+
+
 def _measure_job(args: argparse.Namespace, command: str) -> None:
-    options = job.Options(
-        args.lab, _tools(args), args.jobs, args.steps, args.rounds, args.cores, args.device, args.go_on
-    )
+    options = _options(args)
     if args.again:
         job.measure_again(options, args.again, command)
     else:

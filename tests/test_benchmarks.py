@@ -57,6 +57,19 @@ def test_later_rounds_measure_ours_and_the_best_peers_in_turned_order():
     assert [name for name, _ in job.order(options, rows, "qv", 3)] == second[::-1]
 
 
+def test_chosen_pairs_are_measured_in_every_round_in_turned_order_and_kept_apart(capsys: pytest.CaptureFixture):
+    from benchmarks import suite
+
+    asked = suite._parser().parse_args(["job", "--pairs", "lora-recipes", "llamafactory:bf16"])
+    options = suite._options(asked)
+    ways = [("lora-recipes", None), ("llamafactory", "bf16")]
+    assert (options.section, list(options.names)) == ("job-pairs", ["lora-recipes", "llamafactory"])
+    assert [job.order(options, [], "qv", number) for number in (1, 2, 3)] == [ways, ways[::-1], ways]
+    with pytest.raises(SystemExit):
+        suite._parser().parse_args(["job", "--pairs", "trl:fp8"])
+    assert "no variant 'fp8'" in capsys.readouterr().err
+
+
 def test_where_the_cpu_is_fast_at_bf16_the_other_tools_are_asked_for_it_too_and_the_best_way_is_measured_again():
     options = job.Options(Path(), ["lora-recipes", "axolotl", "trl"])
     assert job.order(options, [], "qv", 1, bf16=True)[-2:] == [("axolotl", "bf16"), ("trl", "bf16")]
@@ -216,5 +229,5 @@ def test_every_section_has_its_marks_on_the_page():
     from benchmarks.suite import SECTIONS
 
     lines = results.PAGE.read_text(encoding="utf-8").splitlines()
-    for name in (*SECTIONS, "job-gpu"):
+    for name in (*SECTIONS, "job-gpu", "job-pairs"):
         assert lines.index(f"<!-- {name} -->") < lines.index(f"<!-- /{name} -->")

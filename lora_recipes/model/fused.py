@@ -34,6 +34,8 @@ def fused(model: torch.nn.Module) -> Forwards:
     offsets: dict[type, int | None] = {}
     found = {}
     for module in model.modules():
+        if "forward" in vars(module):  # somebody else's
+            continue
         if type(module) is LoraLinear:
             found[module] = partial(_adapted, module)
         elif _looks_normed(module):
@@ -148,7 +150,10 @@ class _Adapted(torch.autograd.Function):
         weight, low_first, low_second = weight.to(low), first.to(low), second.to(low)
         inner = torch.mm(rows, low_first.T).mul_(scaling)
         out = linear(rows, weight, None if bias is None else bias.to(low)).addmm_(inner, low_second.T)
-        ctx.save_for_backward(rows, inner, weight, low_first, low_second)
+        _, _, _, first_learns, second_learns, *_ = ctx.needs_input_grad
+        # What only a frozen matrix's gradient would need is not kept (LoRA-FA).
+        kept = rows if first_learns else None, inner if second_learns else None
+        ctx.save_for_backward(*kept, weight, low_first, low_second)
         ctx.scaling, ctx.shape, ctx.types = scaling, x.shape, (x.dtype, first.dtype, second.dtype)
         return out.view(*x.shape[:-1], len(weight))
 
@@ -161,4 +166,6 @@ class _Adapted(torch.autograd.Function):
         behind = None
         if ctx.needs_input_grad[0]:
             behind = torch.mm(grad, weight).addmm_(slope, first).view(ctx.shape).to(of_x)
-        return behind, None, None, (slope.T @ rows).to(of_first), (grad.T @ inner).to(of_second), None, None
+        first_slope = None if rows is None else (slope.T @ rows).to(of_first)
+        second_slope = None if inner is None else (grad.T @ inner).to(of_second)
+        return behind, None, None, first_slope, second_slope, None, None

@@ -49,7 +49,9 @@ def ends_at_head(model: PreTrainedModel, autocast: torch.dtype | None) -> bool:
     Not so where they are scaled or capped, or where something looks at the head's call. No values are looked at.
     """
     head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or head.weight.requires_grad or head._forward_hooks or head._forward_pre_hooks:
+    if type(head) is not torch.nn.Linear or head.weight.requires_grad or "forward" in vars(head):
+        return False
+    if head._forward_hooks or head._forward_pre_hooks:
         return False
     mark = torch.zeros(())
     with torch.no_grad(), computing({head: lambda hidden: mark}), computing_in(autocast):

@@ -187,3 +187,33 @@ def test_weights_of_another_type_than_the_adapters_are_left_to_peft_unless_autoc
         assert layer(x).dtype == torch.bfloat16 and layer(x).grad_fn.name() != "_AdaptedBackward"
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16 and layer(x).grad_fn.name() == "_AdaptedBackward"
+
+
+def test_a_frozen_matrix_gets_no_gradient_and_its_input_is_not_kept():
+    """LoRA-FA trains B alone."""
+    model = made()
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    layer = next(module for name, module in model.named_modules() if name.endswith("q_proj"))
+    wanted = step(model)
+    with computing(fused(model)):
+        found = step(model)
+        saved = layer(torch.randn(3, 32, requires_grad=True)).grad_fn.saved_tensors
+    assert saved[0] is None and saved[1] is not None
+    assert found.keys() == wanted.keys() and not any("lora_A" in name for name in found)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_forward_that_somebody_else_has_put_there_stays():
+    norm = frozen(LlamaRMSNorm(8))
+    norm.forward = lambda hidden: hidden * 2
+    assert not fused(norm)
+
+
+def test_after_an_error_every_module_has_its_own_forward_again():
+    model = made()
+    with pytest.raises(ZeroDivisionError), computing(fused(model)):
+        raise ZeroDivisionError
+    assert not any("forward" in vars(module) for module in model.modules())
