@@ -11,27 +11,32 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch.nn.functional import linear
 
 Forwards = Mapping[torch.nn.Module, Callable[..., torch.Tensor]]
+EVERY_MODULES = frozenset(vars(torch.nn.Module()))
 
 
 @contextmanager
 def computing(forwards: Forwards) -> Iterator[None]:
     """Meanwhile these modules are computed so; backward must be in it too, where activations are computed anew."""
+    before = {module: vars(module).get("forward") for module in forwards}
     for module, forward in forwards.items():
         module.forward = forward
     try:
         yield
     finally:
-        for module in forwards:
-            del module.forward
+        for module, own in before.items():
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
 
 
 def fused(model: torch.nn.Module) -> Forwards:
     """The modules that this room has a function for: frozen RMS norms, and LoRA on linear layers.
 
-    Whether a norm is one is found out by trying its class, on weights that are made up. A LoRA layer that does more than
-    plain LoRA is left to PEFT, whenever it does.
+    Whether a norm is one is found out by trying it, on a weight that is made up. What is asked for more than that, a gate or
+    more than plain LoRA, is left to the module itself, whenever it is.
     """
-    offsets: dict[type, int | None] = {}
+    offsets: dict[tuple[Any, ...], int | None] = {}
     found = {}
     for module in model.modules():
         if "forward" in vars(module):  # somebody else's
@@ -39,25 +44,30 @@ def fused(model: torch.nn.Module) -> Forwards:
         if type(module) is LoraLinear:
             found[module] = partial(_adapted, module)
         elif _looks_normed(module):
-            kind = type(module)
-            if kind not in offsets:
-                offsets[kind] = _offset(module)
-            if (offset := offsets[kind]) is not None:
+            alike = (type(module), module.weight.shape, repr(_settings(module)))
+            if alike not in offsets:
+                offsets[alike] = _offset(module)
+            if (offset := offsets[alike]) is not None:
                 found[module] = partial(_normed, module, offset)
     return found
 
 
 def _looks_normed(module: torch.nn.Module) -> bool:
     """Whether all that it has are one frozen weight and an epsilon."""
-    if [*module._parameters, *module._buffers, *module._modules] != ["weight"] or _eps(module) is None:
+    if [*module._parameters, *module._buffers, *module._modules] != ["weight"]:
         return False
     weight = module.weight
-    return isinstance(weight, torch.Tensor) and weight.dim() == 1 and not weight.requires_grad
+    fits = isinstance(weight, torch.Tensor) and weight.dim() == 1 and not weight.requires_grad
+    return fits and isinstance(_eps(module), float)
 
 
-def _eps(module: torch.nn.Module) -> float | None:
-    found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    return found if isinstance(found, float) else None
+def _eps(module: torch.nn.Module) -> Any:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _settings(module: torch.nn.Module) -> dict[str, Any]:
+    """What its class has set on a module, beside what every module has."""
+    return {name: value for name, value in vars(module).items() if name not in EVERY_MODULES}
 
 
 def _offset(module: torch.nn.Module) -> int | None:
@@ -65,7 +75,10 @@ def _offset(module: torch.nn.Module) -> int | None:
     made = torch.Generator().manual_seed(0)
     alike = copy.copy(module)
     alike._parameters = {"weight": torch.nn.Parameter(torch.rand(module.weight.shape, generator=made), False)}
-    hidden = torch.randn(3, len(alike.weight), generator=made)
+    sizes = torch.tensor([_eps(module) ** 0.5, 1.0, 1e3])[
+        :, None
+    ]  # at the first, epsilon is half of what is divided by
+    hidden = torch.randn(3, len(alike.weight), generator=made) * sizes
     try:
         wanted = alike(hidden)
     except Exception:  # a model's own code, on a shape that it may not know
@@ -74,13 +87,12 @@ def _offset(module: torch.nn.Module) -> int | None:
     return next(same, None)
 
 
-def _normed(module: torch.nn.Module, offset: int, hidden: torch.Tensor) -> torch.Tensor:
+def _normed(module: torch.nn.Module, offset: int, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     weight = module.weight
-    if (
-        torch.promote_types(hidden.dtype, weight.dtype) != hidden.dtype
-    ):  # of what type the result is, each model says itself
-        return type(module).forward(module, hidden)
-    return _Norm.apply(hidden, weight + offset if offset else weight, _eps(module))
+    # Of what type the result is where the weight has more bits, each model says itself.
+    if args or kwargs or torch.promote_types(hidden.dtype, weight.dtype) != hidden.dtype:
+        return type(module).forward(module, hidden, *args, **kwargs)
+    return _Norm.apply(hidden, weight.float() + offset if offset else weight, _eps(module))
 
 
 class _Norm(torch.autograd.Function):
@@ -114,7 +126,8 @@ def _adapted(module: LoraLinear, x: torch.Tensor, *args: Any, **kwargs: Any) -> 
         return LoraLinear.forward(module, x)
     low = torch.get_autocast_dtype("cpu") if autocast else x.dtype
     with torch.autocast("cpu", enabled=False):
-        return _Adapted.apply(x, base.weight, base.bias, first, second, module.scaling[name], low)
+        out = _Adapted.apply(x, base.weight, base.bias, first, second, module.scaling[name], low)
+    return out.view(*x.shape[:-1], len(base.weight))
 
 
 def _only_adapter(module: LoraLinear) -> str | None:
@@ -125,11 +138,16 @@ def _only_adapter(module: LoraLinear) -> str | None:
     name = names[0]
     if name not in module.lora_A or name in module.lora_variant or module.lora_bias[name]:
         return None
-    parts = (base, module.lora_A[name], module.lora_B[name])
     dropped = module.lora_dropout[name]
     drops = dropped.training and not isinstance(dropped, torch.nn.Identity)
     trained = any(parameter.requires_grad for parameter in base.parameters())
-    return None if drops or trained or any(part._forward_hooks or part._forward_pre_hooks for part in parts) else name
+    return None if drops or trained or any(map(is_watched, (base, module.lora_A[name], module.lora_B[name]))) else name
+
+
+def is_watched(module: torch.nn.Module) -> bool:
+    """Whether something looks at its calls."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
 
 
 class _Adapted(torch.autograd.Function):
@@ -155,13 +173,12 @@ class _Adapted(torch.autograd.Function):
         kept = rows if first_learns else None, inner if second_learns else None
         ctx.save_for_backward(*kept, weight, low_first, low_second)
         ctx.scaling, ctx.shape, ctx.types = scaling, x.shape, (x.dtype, first.dtype, second.dtype)
-        return out.view(*x.shape[:-1], len(weight))
+        return out  # [rows, width]: a view of it could not be changed in place, as some models do
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, inner, weight, first, second = ctx.saved_tensors
         of_x, of_first, of_second = ctx.types
-        grad = grad.reshape(-1, grad.shape[-1])
         slope = torch.mm(grad, second).mul_(ctx.scaling)
         behind = None
         if ctx.needs_input_grad[0]:

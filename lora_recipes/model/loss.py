@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lora_recipes.model.fused import computing
+from lora_recipes.model.fused import computing, is_watched
 from lora_recipes.model.precision import computing_in
 
 TOKENS = 256  # whose logits are held at a time; with fewer the head's weights are read too often
@@ -49,13 +49,22 @@ def ends_at_head(model: PreTrainedModel, autocast: torch.dtype | None) -> bool:
     Not so where they are scaled or capped, or where something looks at the head's call. No values are looked at.
     """
     head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or head.weight.requires_grad or "forward" in vars(head):
+    if type(head) is not torch.nn.Linear or any(parameter.requires_grad for parameter in head.parameters()):
         return False
-    if head._forward_hooks or head._forward_pre_hooks:
+    if "forward" in vars(head) or is_watched(head):
         return False
-    mark = torch.zeros(())
-    with torch.no_grad(), computing({head: lambda hidden: mark}), computing_in(autocast):
-        return model(input_ids=torch.ones((1, 2), dtype=torch.long), use_cache=False).logits is mark
+    mark, ids = torch.ones(()), torch.ones((1, 2), dtype=torch.long)
+    try:
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.no_grad(),
+            computing_in(autocast),
+            computing({head: lambda hidden: mark}),
+        ):
+            logits = model(input_ids=ids, use_cache=False).logits
+    except Exception:  # a model's own code may stumble over logits without a vocabulary; it computes them all
+        return False
+    return logits is mark and mark._version == 0  # unchanged, in place as well
 
 
 class _TokenLoss(torch.autograd.Function):

@@ -89,3 +89,36 @@ def test_models_that_make_more_of_their_logits_are_left_alone(kind: str, keys: d
     assert "forward" not in vars(head)
     head.weight.requires_grad_(True)
     assert not ends_at_head(model, None)
+
+
+def test_a_trained_bias_of_the_head_is_left_to_autograd():
+    """`bias: all` trains it, where a model has one."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("phi", **SIZES)).requires_grad_(False)
+    assert ends_at_head(model, None)
+    model.get_output_embeddings().bias.requires_grad_(True)
+    assert not ends_at_head(model, None)
+
+
+def test_the_trial_draws_no_random_numbers_and_survives_code_that_looks_at_the_logits():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES, attention_dropout=0.5)).train()
+    model.requires_grad_(False)
+    before = torch.random.get_rng_state()
+    assert ends_at_head(model, None)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    forward = type(model).forward
+
+    class Cut(type(model)):
+        def forward(self, *given, **named):
+            found = forward(self, *given, **named)
+            found.logits = found.logits[..., :100]
+            return found
+
+    class InPlace(type(model)):
+        def forward(self, *given, **named):
+            found = forward(self, *given, **named)
+            found.logits *= 2
+            return found
+
+    for kind in (Cut, InPlace):
+        model.__class__ = kind
+        assert not ends_at_head(model, None)
