@@ -18,7 +18,7 @@ from lora_recipes.errors import MachineError
 from lora_recipes.recipe import Recipe
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-MMAP_THRESHOLD, TRIM_THRESHOLD = 4 << 20, 64 << 20  # bytes
+MMAP_THRESHOLD, LEAN_MMAP_THRESHOLD, TRIM_THRESHOLD = 4 << 20, 1 << 20, 64 << 20  # bytes
 MOST_MAPPED, NEVER = 32 << 20, 1 << 30  # bytes; older versions of glibc take no larger threshold of mapping
 # (limit, in use, statistics, their key for idle file cache) of a container's memory, version 2 and version 1.
 CONTROL_GROUPS = (
@@ -164,7 +164,7 @@ def choose(recipe: Recipe, *, training: bool = True, gpu: Gpu | None = None) -> 
 def _choose_for_cpu(recipe: Recipe, choices: Choices, to_train: bool, why: str) -> None:
     training, asked = choices.training, bool(recipe.get("training.use_cpu"))
     if to_train:
-        give_memory_back()
+        give_memory_back(lean=training.get("activation_checkpointing", True))
     choices.made.append(Choice("device", f"cpu, {_use_all_cores()} threads", why))
     training["use_cpu"] = True
     if training.get("fp16") and to_train:
@@ -229,14 +229,17 @@ def without_bf16(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
-def give_memory_back() -> None:
+def give_memory_back(*, lean: bool = False) -> None:
     """Let the C library map large tensors one by one, so that a freed one is gone.
 
     By itself glibc raises the size from which it maps to 32 MiB as it sees such blocks freed, and keeps smaller ones in a
     heap full of holes: 1.4 x the live tensors (docs/plan.md). A size that is too low costs a fault for each page of what
     comes and goes in every layer.
+
+    Args:
+        lean: rather less memory than less time, as a run with activation checkpointing asks for.
     """
-    _mallopt(MMAP_THRESHOLD, TRIM_THRESHOLD)
+    _mallopt(LEAN_MMAP_THRESHOLD if lean else MMAP_THRESHOLD, TRIM_THRESHOLD)
 
 
 def _mallopt(mmap_threshold: int, trim_threshold: int) -> None:

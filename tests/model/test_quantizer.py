@@ -27,7 +27,7 @@ PLANNED = """
 import json, sys
 from lora_recipes.model.quantizer import leave_out_unless_needed
 from lora_recipes.recipe import load_recipe
-recipe = load_recipe(sys.argv[1])
+recipe = load_recipe(sys.argv[1], sys.argv[2:])
 leave_out_unless_needed(recipe)
 from lora_recipes.plan import Estimate, config_of, target_for, ways_out
 assert sys.modules.get("bitsandbytes") is None
@@ -36,11 +36,11 @@ print(json.dumps([way.as_json() for way in found]))
 """
 
 
-def said_by(program: str, path: Path) -> Any:
+def said_by(program: str, *words: str | Path) -> Any:
     """The JSON that a process of its own prints last."""
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     ended = subprocess.run(
-        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, env=env, check=False
+        [sys.executable, "-c", program, *map(str, words)], capture_output=True, text=True, env=env, check=False
     )
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout.splitlines()[-1])
@@ -68,10 +68,11 @@ def test_training_imports_bitsandbytes_when_it_is_used(
 
 def test_a_process_that_went_without_plans_four_bits_as_any_other():
     path = ROOT / "recipes" / "smollm2-135m-lora.yaml"
-    recipe = load_recipe(path)
+    words = ["training.per_device_train_batch_size=1", "training.max_length=64"]  # so that weights are most of it
+    recipe = load_recipe(path, words)
     planned = [way.as_json() for way in ways_out(Estimate(recipe, config_of(recipe), target_for(recipe)))]
     assert any("quantization" in way["settings"] for way in planned)
-    assert said_by(PLANNED, path) == planned
+    assert said_by(PLANNED, path, *words) == planned
 
 
 @pytest.mark.parametrize(
