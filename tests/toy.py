@@ -105,15 +105,18 @@ def facts(named: str, demo: Path) -> dict[str, Any]:
 
 
 def slow_if_like_another(path: Path, *, of_a_type: bool = False) -> tuple[pytest.MarkDecorator, ...]:
-    """Marks for a recipe that has no trait which an earlier one has not: no other model type, no other way to train.
+    """Marks for a recipe that has no trait which an earlier one has not, and, since they take longest, for those on 4 bits that have
+    none but another model type.
 
     Args:
         of_a_type: an earlier one of the same model type is enough.
     """
     first: dict[tuple[int, Any], str] = {}
     for name, traits in _traits(path.parent).items():
-        for number, trait in enumerate(traits[:1] if of_a_type else traits):
-            first.setdefault((number, trait), name)
+        on_four_bits = traits[-1]
+        numbers = [0] if of_a_type else range(1 if on_four_bits else 0, len(traits))
+        for number in numbers:
+            first.setdefault((number, traits[number]), name)
     return () if path.stem in first.values() else (pytest.mark.slow,)
 
 
@@ -130,5 +133,6 @@ def _traits(folder: Path) -> dict[str, tuple[Any, ...]]:
             method_of(recipe),
             str(recipe.get("lora.target_modules")),
             bool(recipe.get("training.eos_token")),
+            bool(recipe.get("quantization.load_in_4bit")),
         )
     return found

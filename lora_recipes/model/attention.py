@@ -47,9 +47,19 @@ class Rows:
             yield first, end, self.shared
             first = end
 
+    def blocks(self, span: tuple[int, int, int], window: int | None) -> Iterator["_Block"]:
+        """The span in parts of about equal length, the last of which sees most."""
+        first, end, before = span
+        count = max(1, round((end - first) / BLOCK))
+        cuts = [first + (end - first) * number // count for number in range(count + 1)]
+        for at, to in pairwise(cuts):
+            place = before + at - first
+            oldest = max(0, place - window + 1) if window else 0
+            yield _Block(at, to, place, window, slice(oldest, place + to - at))
+
     def reserve(self, heads: int) -> None:
         """Make room for the largest block of scores of a layer without a window, four times: a later one may have none."""
-        blocks = (block for span in self.spans() for block in _blocks(span, None))
+        blocks = (block for span in self.spans() for block in self.blocks(span, None))
         size = heads * max((one.end - one.first) * (one.columns.stop - one.columns.start) for one in blocks)
         if not self._floats or self._floats[0].numel() < size:
             self._floats = [torch.empty(size) for _ in range(4)]
@@ -213,7 +223,7 @@ class _Attention(torch.autograd.Function):
         rows.reserve(heads)
         for span in rows.spans():
             keys, values = _seen(exact_k, span), _seen(v, span)
-            for block in _blocks(span, window):
+            for block in rows.blocks(span, window):
                 own = slice(block.first * group, block.end * group)
                 chance = _chances(rows, exact_q[:, own], keys[:, block.columns], scale, block, group)
                 part = torch.bmm(_to(low, chance, rows), values[:, block.columns])
@@ -235,7 +245,7 @@ class _Attention(torch.autograd.Function):
         for span in rows.spans():
             keys, low_keys, values = _seen(exact_k, span), _seen(k, span), _seen(exact_v, span)
             slope_k, slope_v = torch.zeros_like(keys), torch.zeros_like(values)
-            for block in _blocks(span, ctx.window):
+            for block in rows.blocks(span, ctx.window):
                 own, seen = slice(block.first * group, block.end * group), block.columns
                 chance = _chances(rows, exact_q[:, own], keys[:, seen], scale, block, group)
                 of_chance, of_scores = (rows.room(number, chance.shape) for number in (0, 2))
@@ -268,17 +278,6 @@ class _Block:
     place: int
     window: int | None
     columns: slice
-
-
-def _blocks(span: tuple[int, int, int], window: int | None) -> Iterator[_Block]:
-    """The span in parts of about equal length."""
-    first, end, before = span
-    count = max(1, round((end - first) / BLOCK))
-    cuts = [first + (end - first) * number // count for number in range(count + 1)]
-    for at, to in pairwise(cuts):
-        place = before + at - first
-        oldest = max(0, place - window + 1) if window else 0
-        yield _Block(at, to, place, window, slice(oldest, place + to - at))
 
 
 def _chances(

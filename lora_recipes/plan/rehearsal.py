@@ -58,7 +58,17 @@ class Step:
 
     def rows_inside(self) -> Rows:
         """Where rows that lie end to end do so, none of which shares its beginning."""
-        return Rows(0, (*range(self.flat, self.length, self.flat), self.length))
+        return _OneBlock(0, (*range(self.flat, self.length, self.flat), self.length))
+
+
+class _OneBlock(Rows):
+    """Rows of which attention computes only the largest block of the longest: the others hold less, one after the other."""
+
+    def spans(self) -> Iterator[tuple[int, int, int]]:
+        yield max(super().spans(), key=lambda span: span[1] - span[0])
+
+    def blocks(self, span: tuple[int, int, int], window: int | None) -> Iterator[Any]:
+        yield list(super().blocks(span, window))[-1]
 
 
 @dataclass(frozen=True)
