@@ -1,5 +1,7 @@
 """The loss of a CPU's steps: logits turn into their own gradient where they lie, and only those of a block are held at a time."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,6 +67,16 @@ def ends_at_head(model: PreTrainedModel, autocast: torch.dtype | None) -> bool:
     except Exception:  # a model's own code may stumble over logits without a vocabulary; it computes them all
         return False
     return logits is mark and mark._version == 0  # unchanged, in place as well
+
+
+@contextmanager
+def given_only(head: torch.nn.Module, pick: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Meanwhile the head is given what is picked of the hidden states, [rows, tokens, width], alone."""
+    hook = head.register_forward_pre_hook(lambda module, arguments: (pick(arguments[0]), *arguments[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class _TokenLoss(torch.autograd.Function):

@@ -15,7 +15,7 @@ from transformers.integrations import moe
 
 from lora_recipes.model.attention import Rows, attending, hands_on_rows
 from lora_recipes.model.fused import computing, fused
-from lora_recipes.model.loss import ends_at_head, head_loss, token_loss
+from lora_recipes.model.loss import ends_at_head, given_only, head_loss, token_loss
 from lora_recipes.plan.architecture import layers_of
 from lora_recipes.plan.tracker import LiveTensors
 
@@ -194,21 +194,20 @@ class Rehearsal:
         inputs: dict[str, Any] = {"input_ids": torch.zeros((step.rows, step.length), dtype=torch.long)}
         if step.flat:
             inputs |= {"position_ids": torch.zeros_like(inputs["input_ids"]), "rows": step.rows_inside()}
+
+        def scored(hidden: torch.Tensor) -> torch.Tensor:
+            return _picked(hidden[:, :-1], count)
+
         if self._at_head:
 
             def loss_of(hidden: torch.Tensor) -> torch.Tensor:
-                return head_loss(head, _picked(hidden[:, :-1], count), targets, count)[0]
+                return head_loss(head, scored(hidden), targets, count)[0]
 
             with computing({head: loss_of}):
                 return self.model(**inputs, use_cache=False).logits
-        hook = head.register_forward_pre_hook(
-            lambda module, arguments: (_picked(arguments[0][:, :-1], count), *arguments[1:])
-        )
-        try:
+        with given_only(head, scored):
             # accelerate's autocast ends with the model, whose outputs it makes float32
             logits = self.model(**inputs, use_cache=False).logits.float()
-        finally:
-            hook.remove()
         with torch.autocast("cpu", enabled=False):
             loss, _ = token_loss(logits, targets, count)
         return loss

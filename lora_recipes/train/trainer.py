@@ -29,7 +29,7 @@ from lora_recipes.model.initialise import (
     require_matrices,
     starting_config,
 )
-from lora_recipes.model.loss import ends_at_head, head_loss, token_loss
+from lora_recipes.model.loss import ends_at_head, given_only, head_loss, token_loss
 from lora_recipes.model.machine import Choice, Choices
 from lora_recipes.model.pieces import (
     COMPILE_KEYS,
@@ -175,7 +175,7 @@ class RecipeTrainer(GuardedTrainer):
                 loss = model(**forwarded, use_cache=False).logits
             correct = found[1]
         else:
-            with _only(head, scored):
+            with given_only(head, lambda hidden: hidden[:, :-1][scored]):
                 logits = model(**forwarded, use_cache=False).logits  # [trained tokens, vocabulary]
             loss, correct = token_loss(logits, targets, divisor, dft=dft)
         self._count(model.training, inputs, correct)
@@ -271,16 +271,6 @@ def build_trainer(
     trainer.optimizer_settings = {key: choices.training[key] for key in OPTIMIZER_KEYS if choices.training.get(key)}
     freeze_what_never_moves(trainer.model, recipe, trainer.optimizer_settings)
     return trainer
-
-
-@contextmanager
-def _only(head: torch.nn.Module, scored: torch.Tensor) -> Iterator[None]:
-    """Meanwhile the head is given the scored positions alone."""
-    hook = head.register_forward_pre_hook(lambda module, arguments: (arguments[0][:, :-1][scored], *arguments[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _suit_cpu(trainer: RecipeTrainer, lora: Mapping[str, Any], choices: Choices) -> None:
