@@ -37,12 +37,15 @@ def test_the_demo_learns_its_task_and_merges_into_the_same_answers(name: str, tm
     assert scores["adapter"]["exact_match"] >= exact
     assert scores["adapter"]["field_match"] >= fields
     assert scores["adapter"]["stopped_by_eos"] == scores["merged"]["stopped_by_eos"] == 1.0
-    assert parity["passed"] and answers["merged_equals_adapter"] >= (0.99 if name.endswith("qlora") else 1.0)
+    assert parity["passed"] and answers["merged_equals_adapter"] >= parity["answers_in_common"]
     evaluation = verb("evaluate", recipe)
     assert (
         evaluation["improved"] and evaluation["forgetting"]["kl"] > 0.3
     )  # more than a gentle run forgets (docs/evaluate.md)
     assert evaluation["verdict"] == verb("status", recipe)["verdict"] == "ship"
+    if parity["answers_in_common"] < 1:
+        # A 4-bit base that answers in bf16 may say another word where two are as likely; in float32 it is the merged function.
+        assert verb("generate", recipe, "training.bf16=false")["merged_equals_adapter"] == 1.0
 
 
 @pytest.mark.slow
