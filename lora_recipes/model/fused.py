@@ -7,10 +7,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from torch.nn.functional import linear
 
+from lora_recipes.model.quantizer import is_four_bit, opened
+
 Forwards = Mapping[torch.nn.Module, Callable[..., torch.Tensor]]
+# A 4-bit layer and a type → its weight in that type, [out, in].
+Opened = Callable[[torch.nn.Module, torch.dtype], torch.Tensor]
+# PEFT's on linear layers and on bitsandbytes' 4-bit ones; told by name, since the latter's module imports bitsandbytes.
+LORA_LAYERS = ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit")
 EVERY_MODULES = frozenset(vars(torch.nn.Module()))
 
 
@@ -30,19 +36,22 @@ def computing(forwards: Forwards) -> Iterator[None]:
                 module.forward = own
 
 
-def fused(model: torch.nn.Module) -> Forwards:
-    """The modules that this room has a function for: frozen RMS norms, and LoRA on linear layers.
+def fused(model: torch.nn.Module, opened: Opened = opened) -> Forwards:
+    """The modules that this room has a function for: frozen RMS norms, and LoRA on linear layers, 4-bit ones too.
 
     Whether a norm is one is found out by trying it, on a weight that is made up. What is asked for more than that, a gate or
     more than plain LoRA, is left to the module itself, whenever it is.
+
+    Args:
+        opened: gives the weight of a 4-bit layer, forward and backward.
     """
     offsets: dict[tuple[Any, ...], int | None] = {}
     found = {}
     for module in model.modules():
         if "forward" in vars(module):  # somebody else's
             continue
-        if type(module) is LoraLinear:
-            found[module] = partial(_adapted, module)
+        if isinstance(module, LoraLayer) and f"{type(module).__module__}.{type(module).__name__}" in LORA_LAYERS:
+            found[module] = partial(_adapted, module, opened)
         elif _looks_normed(module):
             alike = (type(module), module.weight.shape, repr(_settings(module)))
             if alike not in offsets:
@@ -116,24 +125,28 @@ class _Norm(torch.autograd.Function):
         return slope.mul_(inverse).addcmul_(exact, along).to(hidden.dtype), None, None
 
 
-def _adapted(module: LoraLinear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _adapted(module: LoraLayer, opened: Opened, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     name = _only_adapter(module)
     if name is None or args or kwargs:
-        return LoraLinear.forward(module, x, *args, **kwargs)
+        return type(module).forward(module, x, *args, **kwargs)
     base, first, second = module.base_layer, module.lora_A[name].weight, module.lora_B[name].weight
-    autocast = torch.is_autocast_enabled("cpu")
-    if not autocast and not x.dtype == base.weight.dtype == first.dtype == second.dtype:
-        return LoraLinear.forward(module, x)
+    autocast, quantized = torch.is_autocast_enabled("cpu"), is_four_bit(base)
     low = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    own = base.compute_dtype if quantized else base.weight.dtype
+    if (quantized and own != low) or not (autocast or own == first.dtype == second.dtype == low):
+        return type(module).forward(module, x)
+    frozen = partial(opened, base, low) if quantized else partial(base.weight.to, low)
     with torch.autocast("cpu", enabled=False):
-        out = _Adapted.apply(x, base.weight, base.bias, first, second, module.scaling[name], low)
-    return out.view(*x.shape[:-1], len(base.weight))
+        out = _Adapted.apply(x, frozen, base.bias, first, second, module.scaling[name], low)
+    return out.view(*x.shape[:-1], base.out_features)
 
 
-def _only_adapter(module: LoraLinear) -> str | None:
+def _only_adapter(module: LoraLayer) -> str | None:
     """The adapter, where the layer does no more than W x + b + scaling B A x, and nothing looks on."""
     names, base = module.active_adapters, module.base_layer
-    if len(names) != 1 or module.disable_adapters or module.merged or type(base) is not torch.nn.Linear:
+    if len(names) != 1 or module.disable_adapters or module.merged:
+        return None
+    if type(base) is not torch.nn.Linear and not is_four_bit(base):
         return None
     name = names[0]
     if name not in module.lora_A or name in module.lora_variant or module.lora_bias[name]:
@@ -151,13 +164,16 @@ def is_watched(module: torch.nn.Module) -> bool:
 
 
 class _Adapted(torch.autograd.Function):
-    """A linear layer with its adapter, in the low type: the adapter's share is added to the products where they lie."""
+    """A linear layer with its adapter, in the low type: the adapter's share is added to the products where they lie.
+
+    The frozen weight is asked for in forward and in backward, so that what is opened or cast for one is not kept for the other.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        frozen: Callable[[], torch.Tensor],
         bias: torch.Tensor | None,
         first: torch.Tensor,
         second: torch.Tensor,
@@ -165,24 +181,24 @@ class _Adapted(torch.autograd.Function):
         low: torch.dtype,
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(low)
-        weight, low_first, low_second = weight.to(low), first.to(low), second.to(low)
+        low_first, low_second = first.to(low), second.to(low)
         inner = torch.mm(rows, low_first.T).mul_(scaling)
-        out = linear(rows, weight, None if bias is None else bias.to(low)).addmm_(inner, low_second.T)
+        out = linear(rows, frozen(), None if bias is None else bias.to(low)).addmm_(inner, low_second.T)
         _, _, _, first_learns, second_learns, *_ = ctx.needs_input_grad
         # What only a frozen matrix's gradient would need is not kept (LoRA-FA).
         kept = rows if first_learns else None, inner if second_learns else None
-        ctx.save_for_backward(*kept, weight, low_first, low_second)
-        ctx.scaling, ctx.shape, ctx.types = scaling, x.shape, (x.dtype, first.dtype, second.dtype)
+        ctx.save_for_backward(*kept, low_first, low_second)
+        ctx.frozen, ctx.scaling, ctx.shape, ctx.types = frozen, scaling, x.shape, (x.dtype, first.dtype, second.dtype)
         return out  # [rows, width]: a view of it could not be changed in place, as some models do
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, inner, weight, first, second = ctx.saved_tensors
+        rows, inner, first, second = ctx.saved_tensors
         of_x, of_first, of_second = ctx.types
         slope = torch.mm(grad, second).mul_(ctx.scaling)
         behind = None
         if ctx.needs_input_grad[0]:
-            behind = torch.mm(grad, weight).addmm_(slope, first).view(ctx.shape).to(of_x)
+            behind = torch.mm(grad, ctx.frozen()).addmm_(slope, first).view(ctx.shape).to(of_x)
         first_slope = None if rows is None else (slope.T @ rows).to(of_first)
         second_slope = None if inner is None else (grad.T @ inner).to(of_second)
         return behind, None, None, first_slope, second_slope, None, None

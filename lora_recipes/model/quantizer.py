@@ -1,9 +1,11 @@
 """bitsandbytes, for those runs alone that need it: PEFT would import it, and torch's compiler with it, into every one."""
 
+import copy
 import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from lora_recipes import process
 from lora_recipes.recipe import Recipe
@@ -51,6 +53,20 @@ def bitsandbytes() -> ModuleType:
         for remembered in (is_bnb_available, is_bnb_4bit_available, is_bitsandbytes_available):
             remembered.cache_clear()
     return importlib.import_module(NAME)
+
+
+def is_four_bit(layer: Any) -> bool:
+    """Whether it is bitsandbytes' 4-bit linear layer."""
+    loaded = sys.modules.get(NAME)
+    return loaded is not None and type(layer) is loaded.nn.Linear4bit
+
+
+def opened(layer: Any, dtype: Any) -> Any:
+    """The weight of bitsandbytes' 4-bit layer in this type of torch, [out, in]."""
+    state = copy.copy(layer.weight.quant_state)
+    assert not getattr(state, "packing_format_for_cpu", False)  # repacked for answers (`model.build`)
+    state.dtype = dtype
+    return bitsandbytes().functional.dequantize_4bit(layer.weight.data.view(-1, 1), state)
 
 
 def _may_be_quantized(recipe: Recipe, named: str) -> bool:

@@ -35,6 +35,11 @@ def as_quantized(model: PreTrainedModel, names: list[str], quantization: dict[st
     model.is_quantized = True
 
 
+def opened(layer: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """What stands for a 4-bit layer's weight where it is opened by a function of our own (`model.fused`)."""
+    return torch.empty(layer.out_features, layer.in_features, dtype=dtype)
+
+
 class _Opened:
     """Forward of a quantized layer. `compute` None: in the type of the input, which int8 layers keep."""
 

@@ -3,9 +3,11 @@
 import copy
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.bnb import Linear4bit as Lora4bit
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BambaConfig, BambaForCausalLM
@@ -14,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from lora_recipes.model.fused import computing, fused
+from lora_recipes.model.quantizer import opened
 
 SIZES = {
     "vocab_size": 128,
@@ -47,15 +50,33 @@ class Centred(LlamaRMSNorm):
         self.bias = nn.Parameter(torch.ones(size))
 
 
-def made(kind: str = "llama", lora: dict[str, Any] = LORA, **config: Any) -> nn.Module:
+def made(
+    kind: str = "llama", lora: dict[str, Any] = LORA, compute: torch.dtype | None = None, **config: Any
+) -> nn.Module:
+    """A model with its adapter; on 4 bits that compute in this type, if one is given."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **config))
+    if compute:
+        quantize(base, compute)
     model = get_peft_model(base, LoraConfig(**lora))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name or "norm" in name:
                 parameter.normal_(0.3, 0.1)
     return model.train()
+
+
+def quantize(base: nn.Module, compute: torch.dtype) -> None:
+    """Every linear layer but the head becomes bitsandbytes' of nested NF4."""
+    for name, old in list(base.named_modules()):
+        if type(old) is nn.Linear and name != "lm_head":
+            new = bnb.nn.Linear4bit(
+                old.in_features, old.out_features, old.bias is not None, compute_dtype=compute, quant_type="nf4"
+            )
+            new.load_state_dict(old.state_dict())
+            parent, _, last = name.rpartition(".")
+            setattr(base.get_submodule(parent), last, new.to("cpu"))
+    base.is_loaded_in_4bit = True
 
 
 def step(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
@@ -134,21 +155,63 @@ def test_a_step_is_the_step_of_the_models_own_layers(kind: str):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_in_bf16_a_lora_layer_is_as_near_to_the_exact_one_as_pefts():
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_step_on_4_bits_is_the_step_of_bitsandbytes_and_peft(kind: str):
+    model = made(kind, compute=torch.float32)
+    layers = fused(model)
+    assert sum(type(module) is Lora4bit for module in layers) == 14
+    wanted = step(model)
+    with computing(layers):
+        found = step(model)
+        q_proj = next(module for module in layers if type(module) is Lora4bit)
+        assert by_us(q_proj(torch.randn(3, 32)))
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_an_open_weight_is_kept_by_no_layer():
+    layer = next(module for module in made(compute=torch.float32).modules() if type(module) is Lora4bit)
+    with computing(fused(layer)):
+        out = layer(torch.randn(3, 32, requires_grad=True))
+    kept = [one for one in out.grad_fn.next_functions[0][0].saved_tensors if one is not None]
+    assert sorted(one.shape for one in kept) == [(3, 4), (3, 32), (4, 32), (32, 4)]
+
+
+def test_4_bits_that_compute_in_another_type_than_the_step_are_left_to_peft():
+    layer = next(module for module in made(compute=torch.bfloat16).modules() if type(module) is Lora4bit)
+    x = torch.randn(3, 32, requires_grad=True)
+    wanted = layer(x)
+    with computing(fused(layer)):
+        assert not by_us(layer(x)) and torch.equal(layer(x), wanted)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert by_us(layer(x))
+
+
+@pytest.mark.parametrize("four_bits", [False, True])
+def test_in_bf16_a_lora_layer_is_as_near_to_the_exact_one_as_pefts(four_bits: bool):
     torch.manual_seed(0)
-    base = nn.Linear(512, 384).requires_grad_(False)
-    layer = LoraLinear(base, "default", config=LoraConfig(r=8, lora_alpha=16), r=8)
+    base = nn.Sequential(nn.Linear(512, 384)).requires_grad_(False)
+    exactly = copy.deepcopy(base)
+    if four_bits:
+        quantize(base, torch.bfloat16)
+        exactly[0].weight.copy_(opened(base[0], torch.float32))
+    config = LoraConfig(r=8, lora_alpha=16)
+    layer = (Lora4bit if four_bits else LoraLinear)(base[0], "default", config=config, r=8)
     nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    exact_layer = LoraLinear(exactly[0], "default", config=config, r=8)
+    for matrix in ("lora_A", "lora_B"):
+        getattr(exact_layer, matrix).load_state_dict(getattr(layer, matrix).state_dict())
     x, weight = torch.randn(200, 512), torch.randn(200, 384)
 
     def results(layer: nn.Module, dtype: torch.dtype | None) -> list[torch.Tensor]:
-        given = x.to(next(layer.parameters()).dtype).requires_grad_()
+        given = x.to(layer.lora_A["default"].weight.dtype).requires_grad_()
         matrices = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             out = layer(given)
         return [out.detach(), *torch.autograd.grad((out * weight).sum(), [given, *matrices])]
 
-    exact = results(copy.deepcopy(layer).double(), None)
+    exact = results(exact_layer.double(), None)
     own = results(layer, torch.bfloat16)
     with computing(fused(layer)):
         found = results(layer, torch.bfloat16)
