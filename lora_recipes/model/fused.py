@@ -10,11 +10,11 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch.nn.functional import linear
 
-from lora_recipes.model.quantizer import is_four_bit, opened
+from lora_recipes.model.quantizer import open_weight, opens
 
 Forwards = Mapping[torch.nn.Module, Callable[..., torch.Tensor]]
 # A 4-bit layer and a type → its weight in that type, [out, in].
-Opened = Callable[[torch.nn.Module, torch.dtype], torch.Tensor]
+Opening = Callable[[torch.nn.Module, torch.dtype], torch.Tensor]
 # PEFT's on linear layers and on bitsandbytes' 4-bit ones; told by name, since the latter's module imports bitsandbytes.
 LORA_LAYERS = ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit")
 EVERY_MODULES = frozenset(vars(torch.nn.Module()))
@@ -36,14 +36,14 @@ def computing(forwards: Forwards) -> Iterator[None]:
                 module.forward = own
 
 
-def fused(model: torch.nn.Module, opened: Opened = opened) -> Forwards:
+def fused(model: torch.nn.Module, opening: Opening = open_weight) -> Forwards:
     """The modules that this room has a function for: frozen RMS norms, and LoRA on linear layers, 4-bit ones too.
 
     Whether a norm is one is found out by trying it, on a weight that is made up. What is asked for more than that, a gate or
     more than plain LoRA, is left to the module itself, whenever it is.
 
     Args:
-        opened: gives the weight of a 4-bit layer, forward and backward.
+        opening: gives the weight of a 4-bit layer, forward and backward.
     """
     offsets: dict[tuple[Any, ...], int | None] = {}
     found = {}
@@ -51,7 +51,7 @@ def fused(model: torch.nn.Module, opened: Opened = opened) -> Forwards:
         if "forward" in vars(module):  # somebody else's
             continue
         if isinstance(module, LoraLayer) and f"{type(module).__module__}.{type(module).__name__}" in LORA_LAYERS:
-            found[module] = partial(_adapted, module, opened)
+            found[module] = partial(_adapted, module, opening)
         elif _looks_normed(module):
             alike = (type(module), module.weight.shape, repr(_settings(module)))
             if alike not in offsets:
@@ -125,17 +125,17 @@ class _Norm(torch.autograd.Function):
         return slope.mul_(inverse).addcmul_(exact, along).to(hidden.dtype), None, None
 
 
-def _adapted(module: LoraLayer, opened: Opened, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _adapted(module: LoraLayer, opening: Opening, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     name = _only_adapter(module)
     if name is None or args or kwargs:
         return type(module).forward(module, x, *args, **kwargs)
     base, first, second = module.base_layer, module.lora_A[name].weight, module.lora_B[name].weight
-    autocast, quantized = torch.is_autocast_enabled("cpu"), is_four_bit(base)
+    autocast, quantized = torch.is_autocast_enabled("cpu"), opens(base)
     low = torch.get_autocast_dtype("cpu") if autocast else x.dtype
     own = base.compute_dtype if quantized else base.weight.dtype
     if (quantized and own != low) or not (autocast or own == first.dtype == second.dtype == low):
         return type(module).forward(module, x)
-    frozen = partial(opened, base, low) if quantized else partial(base.weight.to, low)
+    frozen = partial(opening, base, low) if quantized else partial(base.weight.to, low)
     with torch.autocast("cpu", enabled=False):
         out = _Adapted.apply(x, frozen, base.bias, first, second, module.scaling[name], low)
     return out.view(*x.shape[:-1], base.out_features)
@@ -146,7 +146,7 @@ def _only_adapter(module: LoraLayer) -> str | None:
     names, base = module.active_adapters, module.base_layer
     if len(names) != 1 or module.disable_adapters or module.merged:
         return None
-    if type(base) is not torch.nn.Linear and not is_four_bit(base):
+    if type(base) is not torch.nn.Linear and not opens(base):
         return None
     name = names[0]
     if name not in module.lora_A or name in module.lora_variant or module.lora_bias[name]:

@@ -183,9 +183,10 @@ def _choose_for_cpu(recipe: Recipe, choices: Choices, to_train: bool, why: str) 
         training["bf16"] = False
         faster = "float32 is the faster type on this CPU (training.use_cpu=true keeps bf16)"
         choices.made.append(Choice("dtype", "float32 instead of bf16", faster))
-    if not training["bf16"] and choices.quantization.get("bnb_4bit_compute_dtype") in ("bfloat16", "float16"):
-        choices.quantization["bnb_4bit_compute_dtype"] = "float32"
-        choices.made.append(Choice("4-bit compute dtype", "float32", "it follows the training dtype"))
+    computed_in = "bfloat16" if training["bf16"] else "float32"
+    if choices.quantization.get("bnb_4bit_compute_dtype") in {"bfloat16", "float16"} - {computed_in}:
+        choices.quantization["bnb_4bit_compute_dtype"] = computed_in
+        choices.made.append(Choice("4-bit compute dtype", computed_in, "it follows the training dtype"))
     if (paged := training.get("optim", "")) in UNPAGED:
         training["optim"] = UNPAGED[paged]
         choices.made.append(Choice("optimizer", f"{training['optim']} instead of {paged}", "paging needs a GPU"))

@@ -55,18 +55,26 @@ def bitsandbytes() -> ModuleType:
     return importlib.import_module(NAME)
 
 
-def is_four_bit(layer: Any) -> bool:
-    """Whether it is bitsandbytes' 4-bit linear layer."""
+def opens(layer: Any) -> bool:
+    """Whether it is bitsandbytes' 4-bit linear layer, with a weight that `open_weight` can open."""
     loaded = sys.modules.get(NAME)
-    return loaded is not None and type(layer) is loaded.nn.Linear4bit
+    if loaded is None or type(layer) is not loaded.nn.Linear4bit:
+        return False
+    state = _quant_state(layer)
+    usual = state is not None and tuple(state.shape) == (layer.out_features, layer.in_features)
+    return usual and not getattr(state, "packing_format_for_cpu", False)
 
 
-def opened(layer: Any, dtype: Any) -> Any:
+def open_weight(layer: Any, dtype: Any) -> Any:
     """The weight of bitsandbytes' 4-bit layer in this type of torch, [out, in]."""
-    state = copy.copy(layer.weight.quant_state)
-    assert not getattr(state, "packing_format_for_cpu", False)  # repacked for answers (`model.build`)
+    state = copy.copy(_quant_state(layer))
     state.dtype = dtype
     return bitsandbytes().functional.dequantize_4bit(layer.weight.data.view(-1, 1), state)
+
+
+def _quant_state(layer: Any) -> Any:
+    """A weight may have lost it, as FSDP's do; bitsandbytes then takes the layer's."""
+    return getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
 
 
 def _may_be_quantized(recipe: Recipe, named: str) -> bool:

@@ -24,6 +24,7 @@ def as_quantized(model: PreTrainedModel, names: list[str], quantization: dict[st
         keywords: dict[str, Any] = {"bias": old.bias is not None, "device": "meta"}
         if four:
             new = bnb.nn.Linear4bit(old.in_features, old.out_features, compute_dtype=compute, **keywords)
+            new.quant_state = bnb.functional.QuantState(absmax=None, shape=old.weight.shape)
         else:
             new = bnb.nn.Linear8bitLt(old.in_features, old.out_features, has_fp16_weights=False, **keywords)
         if old.bias is not None:
@@ -35,7 +36,7 @@ def as_quantized(model: PreTrainedModel, names: list[str], quantization: dict[st
     model.is_quantized = True
 
 
-def opened(layer: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+def open_weight(layer: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
     """What stands for a 4-bit layer's weight where it is opened by a function of our own (`model.fused`)."""
     return torch.empty(layer.out_features, layer.in_features, dtype=dtype)
 

@@ -17,7 +17,7 @@ from lora_recipes.model.attention import Rows, attending, hands_on_rows
 from lora_recipes.model.fused import computing, fused
 from lora_recipes.model.loss import ends_at_head, given_only, head_loss, token_loss
 from lora_recipes.plan.architecture import layers_of
-from lora_recipes.plan.quantized import opened
+from lora_recipes.plan.quantized import open_weight
 from lora_recipes.plan.tracker import LiveTensors
 
 # Tiles of TRL's fused loss: tokens x vocabulary (trl/kernels/chunked_logprob.py, trl/trainer/utils.py).
@@ -103,7 +103,7 @@ class Rehearsal:
         self._at_head = False
         for index, layer in enumerate(layers):
             _between_marks(layer, index, self._mark)
-        self.fused = fused(self.base, opened)
+        self.fused = fused(self.base, open_weight)
         with self.mode:
             _without_memory(model)
 

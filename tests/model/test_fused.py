@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from lora_recipes.model.fused import computing, fused
-from lora_recipes.model.quantizer import opened
+from lora_recipes.model.quantizer import open_weight
 
 SIZES = {
     "vocab_size": 128,
@@ -188,6 +188,28 @@ def test_4_bits_that_compute_in_another_type_than_the_step_are_left_to_peft():
             assert by_us(layer(x))
 
 
+def _lost(layer: nn.Module) -> None:
+    """As FSDP does it: bitsandbytes then takes the state that the layer has."""
+    layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+
+
+def _lying(layer: nn.Module) -> None:
+    """Quantized from [in, out], as by other tools: bitsandbytes warns, and computes."""
+    weight = bnb.nn.Params4bit(torch.randn(32, 48), requires_grad=False, quant_type="nf4", module=layer)
+    layer.weight = weight.to("cpu")
+
+
+@pytest.mark.parametrize(("change", "ours"), [(_lost, True), (_lying, False)])
+def test_a_4_bit_weight_that_is_not_as_it_was_made_is_computed_as_bitsandbytes_does(change: Any, ours: bool):
+    layer = next(module for name, module in made(compute=torch.float32).named_modules() if name.endswith("up_proj"))
+    change(layer.base_layer)
+    x = torch.randn(3, 32, requires_grad=True)
+    wanted = layer(x)
+    with computing(fused(layer)):
+        assert by_us(layer(x)) is ours
+        torch.testing.assert_close(layer(x), wanted)
+
+
 @pytest.mark.parametrize("four_bits", [False, True])
 def test_in_bf16_a_lora_layer_is_as_near_to_the_exact_one_as_pefts(four_bits: bool):
     torch.manual_seed(0)
@@ -195,7 +217,7 @@ def test_in_bf16_a_lora_layer_is_as_near_to_the_exact_one_as_pefts(four_bits: bo
     exactly = copy.deepcopy(base)
     if four_bits:
         quantize(base, torch.bfloat16)
-        exactly[0].weight.copy_(opened(base[0], torch.float32))
+        exactly[0].weight.copy_(open_weight(base[0], torch.float32))
     config = LoraConfig(r=8, lora_alpha=16)
     layer = (Lora4bit if four_bits else LoraLinear)(base[0], "default", config=config, r=8)
     nn.init.normal_(layer.lora_B["default"].weight, std=0.1)

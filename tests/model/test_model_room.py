@@ -131,6 +131,12 @@ def test_a_user_who_chose_the_cpu_keeps_bf16(write_recipe: Callable[..., Path]):
     assert choices.training["bf16"] is True
 
 
+def test_4_bits_compute_in_the_type_that_a_cpu_trains_in(write_recipe: Callable[..., Path]):
+    training, four_bits = {"use_cpu": True, "bf16": True}, NF4 | {"bnb_4bit_compute_dtype": "float16"}
+    choices = choose(load_recipe(write_recipe(training=training, quantization=four_bits)))
+    assert choices.quantization["bnb_4bit_compute_dtype"] == "bfloat16"
+
+
 @pytest.mark.parametrize("key", ["fp16", "tf32", "activation_offloading"])
 def test_what_a_cpu_cannot_do_is_refused(write_recipe: Callable[..., Path], key: str):
     with pytest.raises(MachineError, match=rf"tiny\.yaml:\d+: .*{key}"):
