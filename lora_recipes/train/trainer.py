@@ -357,7 +357,10 @@ def _compile_layers(model: torch.nn.Module, choices: Choices) -> None:
     """
     for layer in layers_of(model):
         layer.compile(dynamic=True, **_compile_keywords(choices.training))
-    choices.made.append(Choice("torch_compile", "each decoder layer by itself", "compiling a whole step takes minutes"))
+    why = "compiling a whole step takes minutes"
+    if choices.device == "cpu":
+        why += "; a CPU may be faster without torch_compile (docs/performance.md, Growth)"
+    choices.made.append(Choice("torch_compile", "each decoder layer by itself", why))
 
 
 def _keep_adapter_precision(trainer: RecipeTrainer, recipe: Recipe, choices: Choices) -> None:
