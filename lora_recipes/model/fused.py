@@ -50,7 +50,7 @@ def fused(model: torch.nn.Module, opening: Opening = open_weight) -> Forwards:
     for module in model.modules():
         if "forward" in vars(module):  # somebody else's
             continue
-        if isinstance(module, LoraLayer) and f"{type(module).__module__}.{type(module).__name__}" in LORA_LAYERS:
+        if f"{type(module).__module__}.{type(module).__name__}" in LORA_LAYERS:
             found[module] = partial(_adapted, module, opening)
         elif _looks_normed(module):
             alike = (type(module), module.weight.shape, repr(_settings(module)))
@@ -130,7 +130,7 @@ def _adapted(module: LoraLayer, opening: Opening, x: torch.Tensor, *args: Any, *
     if name is None or args or kwargs:
         return type(module).forward(module, x, *args, **kwargs)
     base, first, second = module.base_layer, module.lora_A[name].weight, module.lora_B[name].weight
-    autocast, quantized = torch.is_autocast_enabled("cpu"), opens(base)
+    autocast, quantized = torch.is_autocast_enabled("cpu"), type(base) is not torch.nn.Linear
     low = torch.get_autocast_dtype("cpu") if autocast else x.dtype
     own = base.compute_dtype if quantized else base.weight.dtype
     if (quantized and own != low) or not (autocast or own == first.dtype == second.dtype == low):
